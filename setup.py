@@ -1,0 +1,34 @@
+"Reads settings.ini. The name, the description and the addresses are in pyproject.toml."
+from configparser import ConfigParser
+from pathlib import Path
+
+from setuptools import find_packages, setup
+
+here = Path(__file__).parent
+ini = ConfigParser(interpolation=None)
+ini.read(here/'settings.ini', encoding='utf-8')
+package = ini['package']
+
+
+def lines(text):
+    "The non-empty lines of a setting."
+    return [line.strip() for line in text.strip().splitlines()]
+
+
+setup(
+    version=package['version'],
+    python_requires=package['python'],
+    author=package['author'],
+    license=package['license'],
+    keywords=package['keywords'],
+    classifiers=lines(package['classifiers']),
+    long_description=(here/'README.md').read_text(encoding='utf-8'),
+    long_description_content_type='text/markdown',
+    install_requires=lines(package['requirements']),
+    extras_require={name: lines(text) for name, text in ini['extras'].items()},
+    packages=find_packages(include=['wsss_nb', 'wsss_nb.*']),
+    entry_points={
+        'console_scripts': [f'{name} = {target}' for name, target in ini['commands'].items()],
+        'nbdev': ['wsss_nb = wsss_nb._modidx:d'],
+    },
+)
