@@ -250,6 +250,19 @@ def test_segments_merge_by_maximum():
     np.testing.assert_array_equal(m.values, np.stack([values[:2].max(0), values[2]]))
 
 
+def test_maps_of_no_segment_are_dropped():
+    m = segment_maps(Maps(np.array([1, 2]), np.ones((2, 3, 3))), (0, 1, 0), (3, 3))
+    np.testing.assert_array_equal(m.keys, [1])
+    mask = pseudo_mask(np.zeros((3, 3, 3), np.uint8), Maps(np.array([2]), np.ones((1, 3, 3))), (0, 1, 0))
+    assert not mask.any()
+
+
+def test_widths_follow_the_longer_side():
+    s = PRESETS['irn'].for_size(100, 250)
+    assert s.scale_factor == 2 and s.for_size(500, 10).scale_factor == 2
+    assert replace(s, scale_factor=1) == PRESETS['irn']
+
+
 def test_maps_are_enlarged_as_torch_does():
     torch = pytest.importorskip('torch')
     values = np.random.default_rng(0).random((2, 5, 7), np.float32)
