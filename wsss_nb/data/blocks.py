@@ -11,8 +11,9 @@ __all__ = ['resize', 'Resized', 'crop_matrix', 'Augment', 'image_block', 'tag_na
 # %% ../../nbs/00_data/06_blocks.ipynb #f8c87317
 from pathlib import Path
 
-# %% ../../nbs/00_data/06_blocks.ipynb #1d4836b0
+# %% ../../nbs/00_data/06_blocks.ipynb #e586fde7
 import cv2
+import fastai.vision.data  # teaches `show_batch` to draw images
 import numpy as np
 import torch
 from PIL import Image
@@ -133,7 +134,7 @@ def _check_tags(items, view):
     if names: raise InputError(', '.join(names[:5]), f'several tags on {len(names)} images of a single-label data set',
                                'Give one tag each, or make the Dataset with single_label=False.')
 
-# %% ../../nbs/00_data/06_blocks.ipynb #4ff910e4
+# %% ../../nbs/00_data/06_blocks.ipynb #5a938b7d
 def tags_block(
     view,                     # View with tags
     size: int | None = 224,   # side of the square, pixels
@@ -144,7 +145,7 @@ def tags_block(
 )->DataBlock:
     "Image -> class (single-label) or -> one number per class (multi-label)."
     names = tag_names(view)
-    block = (CategoryBlock if view.single_label else MultiCategoryBlock)(vocab=names)
+    block = CategoryBlock(vocab=names, sort=False) if view.single_label else MultiCategoryBlock(vocab=names)
     def tags(item):
         some = [view.classes[t - 1] for t in item.tags]
         return (some or ['background'])[0] if view.single_label else some
