@@ -7,7 +7,7 @@ Docs: https://wsss-nb.github.io/wsss_nb/50_study/tables.html.md"""
 # %% auto #0
 __all__ = ['Published', 'format_cell', 'Table']
 
-# %% ../../nbs/50_study/01_tables.ipynb #e64c58fa
+# %% ../../nbs/50_study/01_tables.ipynb #e5462d69
 import html, json, math, textwrap, numpy as np, pandas as pd
 from numbers import Integral, Real
 from pathlib import Path
@@ -16,7 +16,7 @@ from fastcore.basics import patch
 from ..data.items import InputError, atomic
 from ..evaluate.metrics import Interval
 
-# %% ../../nbs/50_study/01_tables.ipynb #9e70c288
+# %% ../../nbs/50_study/01_tables.ipynb #24ad22d6
 class Published(NamedTuple):
     "A figure that someone else published."
     value: float  # as printed there, in our unit
@@ -41,7 +41,7 @@ def _interval(x, digits):
     if math.isnan(x.low): return _number(x.value, digits)
     return f'{_number(x.value, digits)} [{_number(x.low, digits)}, {_number(x.high, digits)}]'
 
-# %% ../../nbs/50_study/01_tables.ipynb #8bfbadec
+# %% ../../nbs/50_study/01_tables.ipynb #9b7a11aa
 class Table:
     "Rows, a caption, and the circumstances of the numbers."
     def __init__(self,
@@ -60,7 +60,7 @@ class Table:
         self.profile, self.backbone, self.hardware = profile, backbone, hardware
         self.seeds = [seeds] if isinstance(seeds, int) else list(seeds)
 
-# %% ../../nbs/50_study/01_tables.ipynb #e84cda1b
+# %% ../../nbs/50_study/01_tables.ipynb #036b0fef
 @patch
 def full_caption(self:Table)->str:
     "The caption with profile, backbone, seeds, hardware and note."
@@ -86,7 +86,7 @@ def notes(self:Table)->list:
     "Numbered sources, one a line."
     return [f'{k}. {s}' for k, s in enumerate(self.sources(), 1)]
 
-# %% ../../nbs/50_study/01_tables.ipynb #1c0c8b4f
+# %% ../../nbs/50_study/01_tables.ipynb #6170738d
 @patch
 def _is_text(self:Table, column)->bool:
     "Whether a column holds words."
@@ -103,8 +103,8 @@ def __str__(self:Table):
     below = textwrap.wrap(self.full_caption(), max(60, len(rule))) + self.notes()
     return '\n'.join([line(grid[0]), rule, *map(line, grid[1:]), rule, *below])
 
-# %% ../../nbs/50_study/01_tables.ipynb #df29f64c
-_CSS = ('<style>.wsss-table{border-collapse:collapse;margin:.6em 0;font-variant-numeric:tabular-nums}'
+# %% ../../nbs/50_study/01_tables.ipynb #4b51bc52
+_CSS = ('<style>.wsss-table{color:inherit;border-collapse:collapse;margin:.6em 0;font-variant-numeric:tabular-nums}'
         '.wsss-table th,.wsss-table td{padding:.25em .8em;text-align:right;border:0;background:none;white-space:nowrap}'
         '.wsss-table .t{text-align:left}.wsss-table thead th{border-bottom:1px solid currentColor}'
         '.wsss-table tbody tr:last-child td{border-bottom:1px solid currentColor}'
@@ -128,7 +128,7 @@ def to_markdown(self:Table)->str:
     rule = row(':--' if self._is_text(c) else '--:' for c in self.rows.columns)
     return '\n'.join([row(self.rows.columns), rule, *map(row, self.cells()), '', self.full_caption(), *([''] + self.notes() if self.notes() else [])])
 
-# %% ../../nbs/50_study/01_tables.ipynb #b0a71cac
+# %% ../../nbs/50_study/01_tables.ipynb #5e076ced
 def _plain(x):
     "A cell as JSON."
     if isinstance(x, Interval): return {'interval': [_plain(v) for v in x]}
@@ -144,7 +144,7 @@ def _cell(x):
 
 _CARRIED = ('caption', 'profile', 'backbone', 'seeds', 'hardware', 'note', 'digits')
 
-# %% ../../nbs/50_study/01_tables.ipynb #84540ad2
+# %% ../../nbs/50_study/01_tables.ipynb #5e3c55a4
 @patch
 def to_dict(self:Table)->dict:
     "The table as plain data, ready for JSON."
@@ -168,7 +168,7 @@ def to_frame(self:Table)->pd.DataFrame:
         if any(isinstance(v, Published) for v in x): out[f'{c} source'] = [getattr(v, 'source', None) for v in x]
     return pd.DataFrame(out)
 
-# %% ../../nbs/50_study/01_tables.ipynb #c459c0d7
+# %% ../../nbs/50_study/01_tables.ipynb #d17695e6
 @patch
 def save(self:Table,
     path,      # `….json`; the CSV gets the same stem
