@@ -249,7 +249,7 @@ def _tile(row, key, width):
 # %% ../../nbs/40_evaluate/01_report.ipynb #dd807339
 def picture_sheet(
     rows,                # list of dicts: 'image' uint8 H×W×3, other columns float maps or uint8 masks; 'label' text at the left, 'notes' column → text in the tile
-    path=None,           # PNG to write, atomically; None: only draw
+    path=None,           # file to write, atomically: `.png`, or `.jpg` where size matters; None: only draw
     columns=COLUMNS,     # keys of the columns, in order
     width: int = 150,    # of a tile, pixels
     dpi: int = 100,      # of the file; changes the size of the text against the tiles
@@ -265,7 +265,8 @@ def picture_sheet(
         axes[0].text(-.05, .5, r.get('label', ''), rotation=90, ha='right', va='center', transform=axes[0].transAxes, fontsize=7, color='#555')
     for c, ax in zip(columns, cells[0]): ax.set_title(c, fontsize=9, color='#222', pad=4)
     if path is not None:
-        with atomic(path) as tmp: fig.savefig(tmp, dpi=dpi, format='png', metadata={'Software': None})
+        how = dict(metadata={'Software': None}) if str(path).endswith('.png') else dict(pil_kwargs=dict(quality=85))
+        with atomic(path) as tmp: fig.savefig(tmp, dpi=dpi, **how)
     return fig
 
 # %% ../../nbs/40_evaluate/01_report.ipynb #2443802f
