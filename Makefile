@@ -34,8 +34,9 @@ badges: $(READY)  ## the Open-in-Colab badge of every notebook
 readme: $(READY)  ## README.md from nbs/index.ipynb
 	$(BIN)/python docs/readme.py
 
-notebooks: $(READY)  ## run every notebook with the sample profile and keep the outputs
-	WSSS_PROFILE=sample $(BIN)/jupyter execute --inplace $$(find nbs -name '*.ipynb' -not -path '*/.*' | sort)
+NB ?= $(shell find nbs -name '*.ipynb' -not -path '*/.*' | sort)
+notebooks: $(READY)  ## run every notebook (or NB=one.ipynb) with the sample profile and keep the outputs
+	WSSS_PROFILE=sample PYTHONWARNINGS=ignore $(BIN)/jupyter execute --inplace $(NB)
 	$(BIN)/nbdev-clean
 
 clean:  ## remove what the targets made (.venv stays; runs and data stay)

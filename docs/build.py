@@ -3,7 +3,6 @@
     python docs/build.py [FOLDER]        # FOLDER/html is the site; default docs/_build
 """
 import ast
-import json
 import os
 import re
 import shutil
@@ -57,16 +56,18 @@ def doc_link(found, labels):
     return f'](/{page}.ipynb)'
 
 
-def notebook_link(found, folder):
-    "A relative link between notebooks -> the page of that notebook."
-    target, anchor = normpath(f'{folder}/{found.group(1)}.ipynb'), (found.group(2) or '').lower()
-    return f'](/{page_of(Path(target))}.ipynb{anchor})'
+def near_link(found, folder, labels):
+    "A relative link to a notebook or to its page, read in `folder` below nbs/ -> the same kind of reference."
+    page, anchor = page_of(Path(normpath(f'{folder}/{found.group(1)}'))), found.group(2)
+    if anchor and label(page, anchor) in labels: return f'](#{label(page, anchor)})'
+    return f'](/{page}.ipynb' + (f'#{anchor.lower()})' if anchor else ')')
 
 
 def relink(text, folder, labels):
-    "All links of a Markdown text, read in `folder` below nbs/."
+    "All links of a Markdown text; headings are named in small letters."
     text = re.sub(rf'\]\({re.escape(SITE)}/([\w/.-]+?)\.html(?:#([\w.]+))?\)', lambda m: doc_link(m, labels), text)
-    return re.sub(r'\]\((?!\w+:|/|#)([^)\s]+?)\.ipynb(#[^)]*)?\)', lambda m: notebook_link(m, folder), text)
+    text = re.sub(r'\]\((?!\w+:|/|#)([^)\s]+?\.(?:ipynb|html))(?:#([^)]*))?\)', lambda m: near_link(m, folder, labels), text)
+    return re.sub(r'\]\(#([^)]+)\)', lambda m: f'](#{m.group(1).lower()})', text)
 
 
 # Cells
@@ -84,10 +85,10 @@ def api_cell(cell, page, level, sources):
     name = shown(cell)
     text = ''.join(cell.outputs[0]['data']['text/markdown'])
     link = re.search(r'\[source\]\(([^)]*)\)', text)
-    body = text.split(f' {name}\n', 1)[1]
+    body = re.sub(r'\b__main__\.|:NoneType(?==None)', '', text.split(f' {name}\n', 1)[1])
     code = sources.get(name)
     return nbformat.v4.new_markdown_cell('\n\n'.join(filter(None, [
-        f'<span id="{name.lower()}"></span>', f'({label(page, name)})=', '#'*level + f' {name}',
+        f'<span id="{name.lower()}"></span>', f'({label(page, name)})=', f'{"#"*max(level, 3)} `{name}`',
         f'[source]({link.group(1)}){{.source}}' if link else '', body.strip(),
         f'<details class="code"><summary>Code</summary>\n\n```python\n{code}\n```\n\n</details>' if code else ''])),
         metadata={'symbol': name, 'label': label(page, name)})
@@ -159,12 +160,20 @@ def summary(cell):
     return re.split(r'(?<=\.)\s|;', found.group(1).replace('\n', ' '))[0].rstrip('.') if found else ''
 
 
+def entries(page, nb):
+    "The public symbols of one page, one line each, under the page's title."
+    title = re.search(r'^# (.*)', nb.cells[0].source).group(1)
+    cells = [c for c in nb.cells if '.__' not in c.metadata.get('symbol', '.__')]
+    lines = [f'- [`{c.metadata.symbol}`](#{c.metadata.label}): {summary(c)}' for c in cells]
+    return [f'**[{title}](/{page}.ipynb)**', '\n'.join(lines)] if lines else []
+
+
 def api_page(pages):
-    "All public symbols by room, one line each."
+    "All public symbols by room and page."
     text = ['# All functions and classes', '{.promise}\nEvery public name, its first line, and the page that explains it.']
     for room, caption in ROOMS.items():
-        entries = [(c, c.metadata.symbol) for page, nb in pages.items() if page.startswith(room + '/') for c in nb.cells if 'symbol' in c.metadata]
-        if entries: text += [f'## {caption}', '\n'.join(f'- [`{s}`](#{c.metadata.label}): {summary(c)}' for c, s in entries)]
+        found = [line for page, nb in pages.items() if page.startswith(room + '/') for line in entries(page, nb)]
+        if found: text += [f'## {caption}'] + found
     return '\n\n'.join(text) + '\n'
 
 
@@ -174,7 +183,7 @@ def read_pages(proc):
     "Processed notebooks below `proc`, adapted; their order is the reading order."
     pages = {}
     for path in sorted(proc.rglob('*.ipynb'), key=lambda p: p.relative_to(proc).parts):
-        page, nb = page_of(path.relative_to(proc)), nbformat.from_dict(json.loads(path.read_text(encoding='utf-8')))
+        page, nb = page_of(path.relative_to(proc)), nbformat.v4.reads(path.read_text(encoding='utf-8'))
         module = CFG.lib_path/(re.sub(r'^\d+_', '', page) + '.py')
         pages[page] = adapt(nb, page, definitions(module) if module.exists() else {})
     return pages

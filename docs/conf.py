@@ -8,6 +8,7 @@ import wsss_nb
 cfg = get_config(__file__)
 project, author = cfg.lib_name, cfg.lib_name + ' contributors'
 version = release = wsss_nb.__version__
+copyright = author
 html_title = project
 
 extensions = ['myst_nb']
