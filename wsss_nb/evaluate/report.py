@@ -12,13 +12,12 @@ __all__ = ['NAMES', 'COLUMNS', 'Result', 'evaluate_predictions', 'evaluate_folde
 import colorsys, cv2, numpy as np, pandas as pd
 from dataclasses import dataclass, field
 from functools import cached_property
-from pathlib import Path
 from fastcore.basics import patch
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
 from scipy.ndimage import grey_dilation, grey_erosion
 from tqdm import tqdm
-from ..data.items import InputError, VOID, atomic, images_in, read_image, read_mask, resize_mask
+from ..data.items import InputError, VOID, atomic, images_in, read_mask, resize_mask
 from .metrics import BORDERS, bootstrap, dice, foreground, foreground_scores, iou, pair_counts, scores, with_border
 
 # %% ../../nbs/40_evaluate/01_report.ipynb #43f8c89d
