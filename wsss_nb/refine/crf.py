@@ -7,10 +7,10 @@ Docs: https://wsss-nb.github.io/wsss_nb/20_refine/crf.html.md"""
 # %% auto #0
 __all__ = ['PRESETS', 'METHODS', 'CRFSettings', 'crf_settings', 'check_guide', 'crf_probabilities', 'crf_present',
            'background_power', 'with_background', 'label_probabilities', 'crf_labels', 'segment_maps',
-           'agreement_labels', 'unsure', 'pseudo_mask', 'check_method', 'refine_one', 'refine_store',
-           'write_pseudo_masks']
+           'agreement_labels', 'unsure', 'check_method', 'mask_scores', 'segment_labels', 'pseudo_mask', 'refine_one',
+           'refine_store', 'write_pseudo_masks']
 
-# %% ../../nbs/20_refine/00_crf.ipynb #832cdbeb
+# %% ../../nbs/20_refine/00_crf.ipynb #c5ef1193
 from dataclasses import dataclass, fields, replace
 from functools import partial
 
@@ -23,7 +23,7 @@ from pydensecrf.utils import unary_from_softmax
 from ..data.items import UNLABELLED, VOID, InputError, read_image
 from ..data.store import Maps, for_each
 
-# %% ../../nbs/20_refine/00_crf.ipynb #eda2b0d9
+# %% ../../nbs/20_refine/00_crf.ipynb #13e07b98
 @dataclass(frozen=True)
 class CRFSettings:
     "Widths and prices of the two kernels of a dense CRF; widths in pixels are divided by `scale_factor`."
@@ -42,7 +42,7 @@ class CRFSettings:
                 raise ValueError(f"CRFSettings: {name} is {value}; it must be {'above 0' if positive else 'at least 0'}")
         if self.iterations != int(self.iterations): raise ValueError(f"CRFSettings: iterations is {self.iterations}; give a whole number")
 
-# %% ../../nbs/20_refine/00_crf.ipynb #f74fc3d4
+# %% ../../nbs/20_refine/00_crf.ipynb #2cfcbe0b
 PRESETS = {
     'psa': CRFSettings(3, 3, 80, 13, 10),         # psa @9493e59, SEAM @3212261, PuzzleCAM @95a75f4: crf_inference
     'irn': CRFSettings(3, 3, 50, 5, 10),          # IRN @a2ece00, CCAM @e6a46c9: crf_inference_label
@@ -58,7 +58,7 @@ def crf_settings(
     if settings not in PRESETS: raise ValueError(f"unknown CRF settings {settings!r}; known: {', '.join(PRESETS)}")
     return PRESETS[settings]
 
-# %% ../../nbs/20_refine/00_crf.ipynb #e0f7460f
+# %% ../../nbs/20_refine/00_crf.ipynb #358ca555
 @patch
 def scaled(
     self: CRFSettings,
@@ -77,7 +77,7 @@ def for_size(
     "The same settings for images of `h`×`w`, by the longer side."
     return self.scaled(max(h, w) / tuned_on)
 
-# %% ../../nbs/20_refine/00_crf.ipynb #047faa4e
+# %% ../../nbs/20_refine/00_crf.ipynb #888db433
 def check_guide(
     image,  # the image that guides the CRF, uint8 H×W×3 RGB
     size=None,  # (h, w) it must have; None: any
@@ -91,7 +91,7 @@ def check_guide(
     if size and image.shape[:2] != tuple(size):
         raise ValueError(f"image {image.shape[:2]} and probabilities {tuple(size)} differ in size; resize the probabilities")
 
-# %% ../../nbs/20_refine/00_crf.ipynb #a94167a6
+# %% ../../nbs/20_refine/00_crf.ipynb #ebb7b179
 def crf_probabilities(
     image,          # the photograph, uint8 H×W×3 RGB, not normalised
     probabilities,  # what is believed before, float L×H×W in [0, 1]; need not sum to 1
@@ -112,7 +112,7 @@ def crf_probabilities(
                                    rgbim=np.ascontiguousarray(image), compat=s.bilateral_compat)
     return np.array(model.inference(int(s.iterations)), np.float32).reshape(n, h, w)
 
-# %% ../../nbs/20_refine/00_crf.ipynb #d7ac72c2
+# %% ../../nbs/20_refine/00_crf.ipynb #712d4f97
 def crf_present(
     image,          # the photograph, uint8 H×W×3 RGB
     probabilities,  # float L×H×W in [0, 1], any number of them zero everywhere
@@ -127,7 +127,7 @@ def crf_present(
     out[present] = crf_probabilities(image, p[present], settings)
     return out
 
-# %% ../../nbs/20_refine/00_crf.ipynb #6d915108
+# %% ../../nbs/20_refine/00_crf.ipynb #4eecd8ac
 def background_power(
     values,  # maps, float K×H×W in [0, 1]; K may be 0
     alpha: float,  # power, above 0; psa: 4 and 32
@@ -145,7 +145,7 @@ def with_background(
     bg = np.full(values.shape[1:], threshold, np.float32) if alpha is None else background_power(values, alpha)
     return np.concatenate([bg[None], values])
 
-# %% ../../nbs/20_refine/00_crf.ipynb #8e3bb313
+# %% ../../nbs/20_refine/00_crf.ipynb #b2e6bbb8
 def label_probabilities(
     labels,  # label map, integer H×W: 0..n_labels−1, or 254 / 255 = no opinion
     n_labels: int,  # how many labels there are, at least 2
@@ -163,7 +163,7 @@ def label_probabilities(
     p[:, silent] = 1 / n_labels
     return p
 
-# %% ../../nbs/20_refine/00_crf.ipynb #0f8a1b62
+# %% ../../nbs/20_refine/00_crf.ipynb #d3d790db
 def crf_labels(
     image,   # the photograph, uint8 H×W×3 RGB
     labels,  # label map, integer H×W: 0..n_labels−1; 254 / 255 = no opinion
@@ -176,7 +176,7 @@ def crf_labels(
     if n_labels is None: n_labels = max(2, int(labels[labels < UNLABELLED].max(initial=0)) + 1)
     return crf_probabilities(image, label_probabilities(labels, n_labels, gt_prob), settings).argmax(0).astype(np.uint8)
 
-# %% ../../nbs/20_refine/00_crf.ipynb #1bb25642
+# %% ../../nbs/20_refine/00_crf.ipynb #311025ae
 def segment_maps(
     maps: Maps,  # keys: tag ids, values: float K×h×w in [0, 1]
     segment_of,  # segment id of each tag id, sequence; 0 = none
@@ -192,7 +192,7 @@ def segment_maps(
     merged = [cv2.resize(values[segments == s].max(0), size[::-1], interpolation=cv2.INTER_LINEAR) for s in present]
     return Maps(present, np.clip(np.array(merged, np.float32).reshape(-1, *size), 0, 1))
 
-# %% ../../nbs/20_refine/00_crf.ipynb #30b49ddd
+# %% ../../nbs/20_refine/00_crf.ipynb #0358ad8a
 def agreement_labels(
     image,   # the photograph, uint8 H×W×3 RGB
     values,  # maps, float K×H×W in [0, 1]
@@ -207,7 +207,7 @@ def agreement_labels(
                        for t in (foreground, background))
     return np.where((strict == 0) & (lenient != 0), VOID, strict).astype(np.uint8)
 
-# %% ../../nbs/20_refine/00_crf.ipynb #9ad26f47
+# %% ../../nbs/20_refine/00_crf.ipynb #d3386c4e
 def unsure(
     scores,  # float L×H×W
     margin: float,  # least lead of the best over the second score
@@ -216,8 +216,36 @@ def unsure(
     best = np.partition(scores, -2, axis=0)[-2:]
     return best[1] - best[0] < margin
 
+# %% ../../nbs/20_refine/00_crf.ipynb #e2e288a7
 METHODS = 'threshold', 'crf', 'agreement'
 
+def check_method(
+    method,  # one of `METHODS`
+    alpha=None,  # power of the background
+    void_margin=None,  # least lead of the best score
+    settings=None,  # `CRFSettings` or a name
+):
+    "ValueError for an unknown method, or for options that do not belong to it."
+    if method not in METHODS: raise ValueError(f"unknown method {method!r}; known: {', '.join(METHODS)}")
+    if method == 'agreement' and (alpha is not None or void_margin is not None):
+        raise ValueError("'agreement' has thresholds and its own void; alpha and void_margin do not belong to it")
+    if settings is not None: crf_settings(settings)
+
+# %% ../../nbs/20_refine/00_crf.ipynb #222afb7b
+def mask_scores(image, values, method, threshold, alpha, gt_prob, settings):
+    "Scores of background and maps, after the CRF if the method has one: float (K+1)×H×W."
+    scores = with_background(values, threshold, alpha)
+    if method == 'threshold': return scores
+    start = scores if alpha is not None else label_probabilities(scores.argmax(0), len(scores), gt_prob)
+    return crf_probabilities(image, start, settings)
+
+def segment_labels(labels, keys):
+    "Labels 0..K, 255 → segment ids: 0 background, `keys[k]` for label k+1, 255 void."
+    names = np.zeros(256, np.uint8)
+    names[1:len(keys) + 1], names[VOID] = keys, VOID
+    return names[labels]
+
+# %% ../../nbs/20_refine/00_crf.ipynb #5db7807a
 def pseudo_mask(
     image,       # the photograph, uint8 H×W×3 RGB
     maps: Maps,  # keys: tag ids, values: float K×h×w in [0, 1]
@@ -234,29 +262,17 @@ def pseudo_mask(
     "Mask in segment ids from the maps of one image, by threshold, dense CRF, or the agreement of two."
     check_method(method, alpha, void_margin, settings)
     check_guide(image)
-    m = segment_maps(maps, segment_of, image.shape[:2])
-    if not len(m.keys): return np.zeros(image.shape[:2], np.uint8)
-    s = crf_settings(settings or ('irn' if alpha is None else 'psa'))
+    m, s = segment_maps(maps, segment_of, image.shape[:2]), crf_settings(settings or ('irn' if alpha is None else 'psa'))
     if fit_size: s = s.for_size(*image.shape[:2])
-    names = np.r_[0, m.keys, np.zeros(VOID - len(m.keys), int)].astype(np.uint8); names[VOID] = VOID
-    if method == 'agreement': return names[agreement_labels(image, m.values, threshold, background, gt_prob, s)]
-    scores = with_background(m.values, threshold, alpha)
-    if method == 'crf':
-        start = scores if alpha is not None else label_probabilities(scores.argmax(0), len(scores), gt_prob)
-        scores = crf_probabilities(image, start, s)
-    mask = names[scores.argmax(0)]
+    if not len(m.keys): return np.zeros(image.shape[:2], np.uint8)
+    if method == 'agreement':
+        return segment_labels(agreement_labels(image, m.values, threshold, background, gt_prob, s), m.keys)
+    scores = mask_scores(image, m.values, method, threshold, alpha, gt_prob, s)
+    mask = segment_labels(scores.argmax(0), m.keys)
     if void_margin is not None: mask[unsure(scores, void_margin)] = VOID
     return mask
 
-# %% ../../nbs/20_refine/00_crf.ipynb #da166624
-def check_method(method, alpha=None, void_margin=None, settings=None):
-    "ValueError for an unknown method, or for options that do not belong to it."
-    if method not in METHODS: raise ValueError(f"unknown method {method!r}; known: {', '.join(METHODS)}")
-    if method == 'agreement' and (alpha is not None or void_margin is not None):
-        raise ValueError("'agreement' has thresholds and its own void; alpha and void_margin do not belong to it")
-    if settings is not None: crf_settings(settings)
-
-# %% ../../nbs/20_refine/00_crf.ipynb #301b3c10
+# %% ../../nbs/20_refine/00_crf.ipynb #55c14a9e
 def refine_one(item, refiner, maps, labels):
     "Refine the maps of one item and save the mask; InputError names the map that a refiner rejects."
     image, m = read_image(item.image), maps.load(item.id)
