@@ -1,6 +1,6 @@
 """The documentation site without Quarto: nbdev's processed notebooks, adapted for myst-nb, built by Sphinx.
 
-    python docs/build.py [FOLDER]        # FOLDER/html is the site; default docs/_build
+    python docs/build.py [FOLDER [PROCESSED]]      # FOLDER/html is the site, default docs/_build; PROCESSED: a folder made by nbdev
 """
 import ast
 import os
@@ -224,4 +224,4 @@ def build(out=HERE/'_build', proc=None):
     return html
 
 
-if __name__ == '__main__': print(f"The site: {build(*sys.argv[1:2])/'index.html'}")
+if __name__ == '__main__': print(f"The site: {build(*sys.argv[1:3])/'index.html'}")

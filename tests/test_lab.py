@@ -81,7 +81,7 @@ def test_first_tutorial_runs_in_jupyterlab(lab, browser, keep):
     page = browser.new_page(viewport={'width': 1440, 'height': 1000})
     page.goto(lab)
     page.wait_for_selector('.jp-Notebook .jp-CodeCell', timeout=120_000)
-    page.wait_for_selector('.jp-Notebook-ExecutionIndicator[data-status="idle"]', timeout=120_000)
+    page.wait_for_selector('#jp-main-statusbar >> text=/\\| Idle/', timeout=120_000)
     before = run_all(page)
     assert len(before) == len(code) and not any(any(c.isdigit() for c in prompt) for prompt in before), 'nothing had run before'
     errors = page.evaluate(ERRORS)
