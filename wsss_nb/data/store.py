@@ -7,16 +7,16 @@ Docs: https://wsss-nb.github.io/wsss_nb/00_data/store.html.md"""
 # %% auto #0
 __all__ = ['Maps', 'MapStore', 'LabelStore', 'for_each']
 
-# %% ../../nbs/00_data/07_store.ipynb #8404f89a
+# %% ../../nbs/00_data/07_store.ipynb #2b4e2f33
 import os, tempfile, zipfile
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
 from joblib import Parallel, delayed
-from tqdm.auto import tqdm
+from tqdm import tqdm
 from .items import InputError, atomic, read_mask, write_mask
 
-# %% ../../nbs/00_data/07_store.ipynb #9a7e08da
+# %% ../../nbs/00_data/07_store.ipynb #b85d173f
 @dataclass
 class Maps:
     "What a localiser says of one image."
@@ -27,13 +27,13 @@ class Maps:
         if self.values.ndim != 3 or len(self.keys) != len(self.values):
             raise ValueError(f'{len(self.keys)} keys need values of shape ({len(self.keys)}, h, w), not {self.values.shape}')
 
-# %% ../../nbs/00_data/07_store.ipynb #f79e02f9
+# %% ../../nbs/00_data/07_store.ipynb #0e0e718f
 def _file(folder: Path, id: str, suffix: str)->Path:
     "The file of an id; an id that leaves the folder is refused."
     if not id or Path(id).name != id or id.startswith('.'): raise InputError(folder, f'{id!r} is not a usable image id', 'Rename the image: ids are plain file stems.')
     return folder/f'{id}{suffix}'
 
-# %% ../../nbs/00_data/07_store.ipynb #7c937bbd
+# %% ../../nbs/00_data/07_store.ipynb #26c9f263
 class _Store:
     "A folder with one file per image id."
     suffix = ''
@@ -46,7 +46,7 @@ class _Store:
     def __len__(self): return len(self.ids())
     def __repr__(self): return f'{type(self).__name__}({self.folder.name}: {len(self)} images)'
 
-# %% ../../nbs/00_data/07_store.ipynb #930bc7c2
+# %% ../../nbs/00_data/07_store.ipynb #1722b715
 class MapStore(_Store):
     "A folder of `Maps`: one `.npz` per image, float16, no pickles."
     suffix = '.npz'
@@ -60,20 +60,20 @@ class MapStore(_Store):
         except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as e:
             raise InputError(p, f'not a readable map file ({e})', 'Delete it and run again.') from e
 
-# %% ../../nbs/00_data/07_store.ipynb #90d21243
+# %% ../../nbs/00_data/07_store.ipynb #692bd601
 class LabelStore(_Store):
     "A folder of label maps or masks: one indexed PNG per image."
     suffix = '.png'
     def save(self, id: str, mask: np.ndarray)->None: write_mask(self.path(id), mask)
     def load(self, id: str)->np.ndarray: return read_mask(self.path(id))
 
-# %% ../../nbs/00_data/07_store.ipynb #989aa15f
+# %% ../../nbs/00_data/07_store.ipynb #7f673110
 def _guarded(fn, item):
     "Run `fn`, return (id, problem) for bad input and None for success."
     try: fn(item)
     except InputError as e: return item.id, str(e)
 
-# %% ../../nbs/00_data/07_store.ipynb #f393de07
+# %% ../../nbs/00_data/07_store.ipynb #2df12943
 def for_each(
     fn,             # function(item), writes its own result; importable, so that processes can run it
     items,          # `Item`s
