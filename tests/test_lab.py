@@ -60,7 +60,7 @@ def wait_for(address, server, log, seconds=120):
 
 
 PROMPTS = "[...document.querySelectorAll('.jp-CodeCell .jp-InputPrompt')].map(e => e.textContent.trim())"
-ERRORS = "[...document.querySelectorAll('[data-mime-type=\"application/vnd.jupyter.error\"]')].map(e => e.textContent)"
+ERRORS = "[...document.querySelectorAll('.jp-OutputArea-output')].map(e => e.textContent).filter(t => t.includes('Traceback (most recent'))"
 IMAGES = "[...document.querySelectorAll('.jp-OutputArea-output img')].map(e => e.complete && e.naturalWidth)"
 
 
