@@ -215,6 +215,18 @@ def test_badges_are_renewed_and_stay_single(tmp_path):
     assert badges.with_badge([mk_cell('# A\n> b.', 'markdown')], 'B')[1].source == 'B'
 
 
+def test_lines_of_the_readme_are_commands():
+    from wsss_nb.study.cli import parser
+    lines = re.findall(r'^wsss (.*?)(?:\s+#.*)?$', (ROOT/'README.md').read_text(encoding='utf-8'), re.M)
+    assert len(lines) >= 5
+    for line in lines: assert parser().parse_args(line.split()).run, line
+
+
+def test_code_outside_the_notebooks_has_no_slips():
+    done = subprocess.run([BIN/'ruff', 'check', '.'], cwd=ROOT, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stdout
+
+
 def test_commands_of_the_readme_exist():
     text = (ROOT/'README.md').read_text(encoding='utf-8')
     makefile = (ROOT/'Makefile').read_text(encoding='utf-8')
