@@ -8,20 +8,21 @@ Docs: https://wsss-nb.github.io/wsss_nb/00_data/items.html.md"""
 __all__ = ['VOID', 'UNLABELLED', 'IMAGE_SUFFIXES', 'ALLOWED', 'InputError', 'atomic', 'read_image', 'voc_palette', 'write_mask',
            'read_mask', 'resize_mask', 'Box', 'Item', 'images_in', 'View', 'read_truth_index', 'Dataset']
 
-# %% ../../nbs/00_data/00_items.ipynb #1d9c0e32
-import os, tempfile
+# %% ../../nbs/00_data/00_items.ipynb #d58a578f
+import os, shutil, tempfile
 from contextlib import contextmanager
 from collections.abc import Sequence
-from dataclasses import dataclass, replace, field
+from dataclasses import dataclass, replace
+from functools import cached_property
 from pathlib import Path
 import cv2, numpy as np
 from PIL import Image, ImageOps
 
-# %% ../../nbs/00_data/00_items.ipynb #4e58b0ea
+# %% ../../nbs/00_data/00_items.ipynb #a884a27f
 VOID, UNLABELLED = 255, 254
 IMAGE_SUFFIXES = ('.jpg', '.jpeg', '.png', '.bmp', '.webp', '.tif', '.tiff')
 
-# %% ../../nbs/00_data/00_items.ipynb #d21e9991
+# %% ../../nbs/00_data/00_items.ipynb #1d968749
 class InputError(ValueError):
     "A file or folder from outside is not what it should be; the message names it and the remedy."
     def __init__(self,
@@ -33,7 +34,7 @@ class InputError(ValueError):
         super().__init__(f'{path}: {problem}. {remedy}'.strip())
     def __reduce__(self): return InputError, (self.path, self.problem, self.remedy)  # keeps its parts across processes
 
-# %% ../../nbs/00_data/00_items.ipynb #2a6ceb60
+# %% ../../nbs/00_data/00_items.ipynb #f72b0a69
 @contextmanager
 def atomic(
     path,   # where the finished file or folder should stand
@@ -42,30 +43,31 @@ def atomic(
     path = Path(path)
     try: path.parent.mkdir(parents=True, exist_ok=True)
     except OSError as e: raise InputError(path.parent, f'cannot make this folder ({e.strerror})', 'Choose a folder you may write to.') from e
-    tmp = path.parent/f'.{path.stem[:80]}.{os.getpid()}.{os.urandom(3).hex()}{path.suffix}'
+    tmp = path.parent/f'.{os.getpid()}-{os.urandom(6).hex()}{path.suffix}'
     try:
         yield tmp
         os.replace(tmp, path)
     except OSError as e:
         raise InputError(path, f'cannot be written ({e.strerror or e})', 'Check free space and permissions, then run again: finished files are kept.') from e
     finally:
-        if tmp.is_file(): tmp.unlink()
+        if tmp.is_dir(): shutil.rmtree(tmp, ignore_errors=True)
+        else: tmp.unlink(missing_ok=True)
 
-# %% ../../nbs/00_data/00_items.ipynb #999a7155
+# %% ../../nbs/00_data/00_items.ipynb #fbdc5bd3
 def _to_rgb(
     im: Image.Image,    # any Pillow image
 )->Image.Image:         # mode RGB
     "RGB version of a Pillow image: alpha on white, 16 bit scaled to 8."
     if im.mode in ('I', 'F') or im.mode.startswith('I;16'):
         a = np.asarray(im).astype(np.float32)
-        top = 65535. if a.max() > 255 else 255.
+        top = 65535. if im.mode.startswith('I;16') or a.max() > 255 else 255.
         return Image.fromarray((a.clip(0, top) * (255 / top)).round().astype(np.uint8)).convert('RGB')
     if im.mode in ('RGBA', 'LA', 'PA') or 'transparency' in im.info:
         im = im.convert('RGBA')
         return Image.alpha_composite(Image.new('RGBA', im.size, 'white'), im).convert('RGB')
     return im.convert('RGB')
 
-# %% ../../nbs/00_data/00_items.ipynb #19f88ca6
+# %% ../../nbs/00_data/00_items.ipynb #de80c699
 def read_image(
     path,           # image file, any format Pillow reads
 )->np.ndarray:      # RGB, uint8, H×W×3
@@ -76,7 +78,7 @@ def read_image(
     except Exception as e:
         raise InputError(path, f'not a readable image ({e})', 'Open it in an image program and save it again, or remove it.') from e
 
-# %% ../../nbs/00_data/00_items.ipynb #2e02210d
+# %% ../../nbs/00_data/00_items.ipynb #fb88756d
 def voc_palette()->np.ndarray:   # uint8, 256×3
     "The colour of each class number in PASCAL VOC masks."
     n, c = np.arange(256), np.zeros((256, 3), np.uint8)
@@ -84,18 +86,20 @@ def voc_palette()->np.ndarray:   # uint8, 256×3
         for ch in range(3): c[:, ch] |= (((n >> (3 * bit + ch)) & 1) << (7 - bit)).astype(np.uint8)
     return c
 
-# %% ../../nbs/00_data/00_items.ipynb #a9f54594
+# %% ../../nbs/00_data/00_items.ipynb #9417afb7
 def write_mask(
     path,                # destination, `.png`
     mask: np.ndarray,    # class numbers, uint8 H×W
     palette: np.ndarray|None = None,  # uint8 256×3; VOC's by default
 )->None:
-    "Write an indexed PNG; the file is whole or absent."
+    "Write an indexed PNG; the file is whole or absent. `ValueError` for numbers that a byte cannot hold."
+    mask = np.asarray(mask)
+    if mask.ndim != 2 or not np.array_equal(mask, mask.astype(np.uint8)): raise ValueError(f'a mask is H×W whole numbers from 0 to 255, not {mask.dtype} {mask.shape}')
     im = Image.fromarray(np.ascontiguousarray(mask, np.uint8), 'L')
     im.putpalette((voc_palette() if palette is None else palette).tobytes())
     with atomic(path) as tmp: im.save(tmp, format='PNG')
 
-# %% ../../nbs/00_data/00_items.ipynb #1f36e328
+# %% ../../nbs/00_data/00_items.ipynb #e7ef5638
 def read_mask(
     path,                        # indexed or grey PNG
     n_classes: int|None = None,  # highest class number allowed besides 254 and 255
@@ -112,14 +116,14 @@ def read_mask(
     if n_classes is not None: _check_values(path, m, n_classes)
     return m
 
-# %% ../../nbs/00_data/00_items.ipynb #025bc9ea
+# %% ../../nbs/00_data/00_items.ipynb #86adbc46
 def _check_values(path, mask, n_classes):
     "Complain about class numbers that do not exist."
     values = np.flatnonzero(np.bincount(mask.ravel(), minlength=256))
     bad = values[(values > n_classes) & (values < UNLABELLED)].tolist()
     if bad: raise InputError(path, f'numbers {bad[:6]} stand for no class (0 to {n_classes} do; 254 unlabelled, 255 void)', 'Renumber the mask, or name all classes.')
 
-# %% ../../nbs/00_data/00_items.ipynb #612f995b
+# %% ../../nbs/00_data/00_items.ipynb #9c5475c2
 def resize_mask(
     mask: np.ndarray,   # uint8 H×W
     size: tuple,        # (H, W) wanted
@@ -127,7 +131,7 @@ def resize_mask(
     "Nearest-neighbour resize of a label map; the numbers stay what they are."
     return cv2.resize(mask, (size[1], size[0]), interpolation=cv2.INTER_NEAREST_EXACT)
 
-# %% ../../nbs/00_data/00_items.ipynb #5797b5ae
+# %% ../../nbs/00_data/00_items.ipynb #aa483ee0
 @dataclass(frozen=True)
 class Box:
     "A rectangle around one object: `[xmin, ymin, xmax, ymax)`, 0-based pixels."
@@ -138,7 +142,7 @@ class Box:
     ymax: float   # bottom edge, exclusive
     difficult: bool = False   # marked as hard to recognise
 
-# %% ../../nbs/00_data/00_items.ipynb #e722152b
+# %% ../../nbs/00_data/00_items.ipynb #ea851a35
 @dataclass(frozen=True)
 class Item:
     "One image and what is known of it; `None` means unknown."
@@ -150,14 +154,14 @@ class Item:
     scribbles: Path|None = None   # the same
     mask: Path|None = None        # the true mask, for evaluation
 
-# %% ../../nbs/00_data/00_items.ipynb #542a8751
+# %% ../../nbs/00_data/00_items.ipynb #133dfdca
 def images_in(
     folder,         # folder with photos (not searched recursively)
 )->list:            # `Path`s by name
     "The image files of a folder; `InputError` when it is missing, empty or has two files of one stem."
     folder = Path(folder)
     if not folder.is_dir(): raise InputError(folder, 'no such folder', 'Give the folder that holds the photos.')
-    files = sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and not p.name.startswith('.'))
+    files = sorted(p for p in folder.iterdir() if p.suffix.lower() in IMAGE_SUFFIXES and p.is_file() and not p.name.startswith('.'))
     if not files: raise InputError(folder, 'no image in this folder', f'Photos end in {", ".join(IMAGE_SUFFIXES)}.')
     seen = {}
     for p in files:
@@ -165,10 +169,10 @@ def images_in(
         seen[p.stem] = p
     return files
 
-# %% ../../nbs/00_data/00_items.ipynb #0a7fefaa
+# %% ../../nbs/00_data/00_items.ipynb #41bfa5fd
 ALLOWED = {'tags': (), 'boxes': ('boxes',), 'points': ('points',), 'scribbles': ('scribbles',), 'masks': ('mask',)}
 
-# %% ../../nbs/00_data/00_items.ipynb #36f0ee9e
+# %% ../../nbs/00_data/00_items.ipynb #9b031ff3
 class View(Sequence):
     "Items of one split, stripped to what one supervision allows."
     def __init__(self,
@@ -182,22 +186,23 @@ class View(Sequence):
         drop = {'boxes', 'points', 'scribbles', 'mask'} - set(ALLOWED[supervision])
         self._items = [replace(dataset[i], **dict.fromkeys(drop)) for i in dataset.split(split)]
         self._read = dataset.read_truth if supervision == 'masks' else None
+    @cached_property
+    def _by_id(self): return {o.id: o for o in self._items}
     @property
     def ids(self)->list: return [o.id for o in self._items]
     def __len__(self): return len(self._items)
     def __getitem__(self, i):
-        if isinstance(i, str): return next(o for o in self._items if o.id == i)
-        return self._items[i]
+        return self._by_id[i] if isinstance(i, str) else self._items[i]
     def __repr__(self): return f'View({self.name}, {self.supervision}, {self.split}: {len(self)} images, {len(self.classes)} classes)'
 
-# %% ../../nbs/00_data/00_items.ipynb #1a697679
+# %% ../../nbs/00_data/00_items.ipynb #1140aca8
 def read_truth_index(
     item: Item,     # an item whose mask is an indexed PNG
 )->np.ndarray:      # uint8 H×W, class ids and 255
     "The true mask of an item whose PNG holds class ids."
     return read_mask(item.mask)
 
-# %% ../../nbs/00_data/00_items.ipynb #a6fb18d1
+# %% ../../nbs/00_data/00_items.ipynb #331ec0c5
 def _view_read_mask(self, item: Item)->np.ndarray:  # uint8 H×W in segment ids, 255 void
     "The true mask of an item of a `masks` view; `PermissionError` in any other view."
     if self._read is None: raise PermissionError(f'a view for {self.supervision!r} has no masks: only a "masks" view reads them')
@@ -206,19 +211,19 @@ def _view_read_mask(self, item: Item)->np.ndarray:  # uint8 H×W in segment ids,
 
 View.read_mask = _view_read_mask
 
-# %% ../../nbs/00_data/00_items.ipynb #39088797
+# %% ../../nbs/00_data/00_items.ipynb #30bcb897
 def _view_keep(self,
     keep,   # function of an item, true to keep it
 )->View:
     "A view with fewer items."
-    v = object.__new__(View); v.__dict__.update(self.__dict__)
+    v = object.__new__(View); v.__dict__.update({k: x for k, x in self.__dict__.items() if k != '_by_id'})
     v._items = [o for o in self._items if keep(o)]
     return v
 
 View.keep = _view_keep
 View.with_masks = lambda self: self.keep(lambda o: o.mask is not None)
 
-# %% ../../nbs/00_data/00_items.ipynb #37c64467
+# %% ../../nbs/00_data/00_items.ipynb #f042a61c
 class Dataset:
     "All items of a data set, its classes and splits."
     def __init__(self,
@@ -249,7 +254,7 @@ class Dataset:
     def items(self)->list: return list(self._items.values())
     def __repr__(self): return f'Dataset({self.name}: {len(self)} images, {len(self.classes)} classes, splits ' + ', '.join(f'{k} {len(v)}' for k, v in self.splits.items()) + ')'
 
-# %% ../../nbs/00_data/00_items.ipynb #397d1817
+# %% ../../nbs/00_data/00_items.ipynb #f2c6fc92
 def _dataset_split(self, split: str)->list:  # ids
     "The ids of a split."
     if split not in self.splits: raise ValueError(f'{self.name} has no split {split!r}; it has {", ".join(self.splits)}')

@@ -7,8 +7,8 @@ Docs: https://wsss-nb.github.io/wsss_nb/00_data/store.html.md"""
 # %% auto #0
 __all__ = ['Maps', 'MapStore', 'LabelStore', 'for_each']
 
-# %% ../../nbs/00_data/07_store.ipynb #2b4e2f33
-import os, tempfile, zipfile
+# %% ../../nbs/00_data/07_store.ipynb #e3438ea9
+import os, tempfile
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np
@@ -16,7 +16,7 @@ from joblib import Parallel, delayed
 from tqdm import tqdm
 from .items import InputError, atomic, read_mask, write_mask
 
-# %% ../../nbs/00_data/07_store.ipynb #b85d173f
+# %% ../../nbs/00_data/07_store.ipynb #0a99b76b
 @dataclass
 class Maps:
     "What a localiser says of one image."
@@ -27,13 +27,13 @@ class Maps:
         if self.values.ndim != 3 or len(self.keys) != len(self.values):
             raise ValueError(f'{len(self.keys)} keys need values of shape ({len(self.keys)}, h, w), not {self.values.shape}')
 
-# %% ../../nbs/00_data/07_store.ipynb #0e0e718f
+# %% ../../nbs/00_data/07_store.ipynb #4d0538ae
 def _file(folder: Path, id: str, suffix: str)->Path:
     "The file of an id; an id that leaves the folder is refused."
-    if not id or Path(id).name != id or id.startswith('.'): raise InputError(folder, f'{id!r} is not a usable image id', 'Rename the image: ids are plain file stems.')
+    if not id or '\0' in id or Path(id).name != id or id.startswith('.') or len((id + suffix).encode()) > 255: raise InputError(folder, f'{id!r} is not a usable image id', 'Rename the image: ids are plain file stems.')
     return folder/f'{id}{suffix}'
 
-# %% ../../nbs/00_data/07_store.ipynb #26c9f263
+# %% ../../nbs/00_data/07_store.ipynb #55153733
 class _Store:
     "A folder with one file per image id."
     suffix = ''
@@ -46,34 +46,35 @@ class _Store:
     def __len__(self): return len(self.ids())
     def __repr__(self): return f'{type(self).__name__}({self.folder.name}: {len(self)} images)'
 
-# %% ../../nbs/00_data/07_store.ipynb #1722b715
+# %% ../../nbs/00_data/07_store.ipynb #4deebad9
 class MapStore(_Store):
     "A folder of `Maps`: one `.npz` per image, float16, no pickles."
     suffix = '.npz'
     def save(self, id: str, maps: Maps)->None:
+        if not np.isfinite(maps.values).all(): raise ValueError(f'the maps of {id} hold NaN or infinity')
         with atomic(self.path(id)) as tmp: np.savez(tmp, keys=maps.keys, values=maps.values.astype(np.float16))
     def load(self, id: str)->Maps:
         p = self.path(id)
         if not p.is_file(): raise InputError(p, 'no maps of this image', 'Run the localiser again: it makes what is missing.')
         try:
             with np.load(p, allow_pickle=False) as z: return Maps(z['keys'], z['values'].astype(np.float32))
-        except (ValueError, KeyError, OSError, EOFError, zipfile.BadZipFile) as e:
+        except Exception as e:    # a hostile archive can raise nearly anything
             raise InputError(p, f'not a readable map file ({e})', 'Delete it and run again.') from e
 
-# %% ../../nbs/00_data/07_store.ipynb #692bd601
+# %% ../../nbs/00_data/07_store.ipynb #aedfce48
 class LabelStore(_Store):
     "A folder of label maps or masks: one indexed PNG per image."
     suffix = '.png'
     def save(self, id: str, mask: np.ndarray)->None: write_mask(self.path(id), mask)
     def load(self, id: str)->np.ndarray: return read_mask(self.path(id))
 
-# %% ../../nbs/00_data/07_store.ipynb #7f673110
+# %% ../../nbs/00_data/07_store.ipynb #768c8c7c
 def _guarded(fn, item):
     "Run `fn`, return (id, problem) for bad input and None for success."
     try: fn(item)
     except InputError as e: return item.id, str(e)
 
-# %% ../../nbs/00_data/07_store.ipynb #2df12943
+# %% ../../nbs/00_data/07_store.ipynb #2e0021af
 def for_each(
     fn,             # function(item), writes its own result; importable, so that processes can run it
     items,          # `Item`s
@@ -82,11 +83,13 @@ def for_each(
     desc: str = '',             # title of the progress bar
 )->list:            # (id, problem) of the items whose input is bad
     "Run `fn` over items not yet done, in parallel, with a progress bar; returns the bad ones."
-    todo = [o for o in items if not done(o)]
-    if not todo: return []
+    todo, bad = [], []
+    for o in items:
+        try: todo += [] if done(o) else [o]
+        except InputError as e: bad.append((o.id, str(e)))
+    if not todo: return sorted(bad)
     n = min(workers or os.cpu_count(), len(todo))
     bar = tqdm(total=len(todo), desc=desc, disable=len(todo) < 20, leave=False)
-    bad = []
     runs = Parallel(n_jobs=n, return_as='generator', batch_size='auto')(delayed(_guarded)(fn, o) for o in todo) if n > 1 else (_guarded(fn, o) for o in todo)
     for r in runs:
         bar.update()

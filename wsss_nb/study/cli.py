@@ -7,12 +7,12 @@ Docs: https://wsss-nb.github.io/wsss_nb/50_study/cli.html.md"""
 # %% auto #0
 __all__ = ['parser', 'main']
 
-# %% ../../nbs/50_study/04_cli.ipynb #3ec78c71
+# %% ../../nbs/50_study/04_cli.ipynb #e1e2f849
 import argparse, sys
 from pathlib import Path
 from ..data.items import InputError
 
-# %% ../../nbs/50_study/04_cli.ipynb #fa985a41
+# %% ../../nbs/50_study/04_cli.ipynb #3aae33b9
 def _study(a):
     "The main job on the sample or on a pets folder."
     from wsss_nb.data.pets import pets
@@ -22,7 +22,7 @@ def _study(a):
     where = Path(a.pets) if a.pets else sample(profile=s.profile, workers=a.workers)/'pets'
     main_job(pets(where, classes='breeds'), a.output, s, workers=a.workers)
 
-# %% ../../nbs/50_study/04_cli.ipynb #5dec3c51
+# %% ../../nbs/50_study/04_cli.ipynb #ffb3eb66
 def _segment(a):
     "Your own folder: tags in, model out."
     from wsss_nb.data.folder import folder
@@ -31,7 +31,7 @@ def _segment(a):
     segment_photos(ds, a.output, seed=a.seed, epochs=a.epochs, size=a.size, workers=a.workers)
     return _skipped(ds.report.get('skipped'))
 
-# %% ../../nbs/50_study/04_cli.ipynb #be211214
+# %% ../../nbs/50_study/04_cli.ipynb #d38bed6a
 def _skipped(skipped)->int:
     "List what was left out; 1 if anything was."
     if not skipped: return 0
@@ -39,7 +39,7 @@ def _skipped(skipped)->int:
     for problem in skipped: print(f'  {problem if isinstance(problem, str) else problem[-1]}', file=sys.stderr)
     return 1
 
-# %% ../../nbs/50_study/04_cli.ipynb #84e8ba23
+# %% ../../nbs/50_study/04_cli.ipynb #a4b3ecc9
 def _predict(a):
     "Masks and overlays of a folder of photos."
     from wsss_nb.study.photos import predict_photos
@@ -63,7 +63,7 @@ def _evaluate(a):
     print(r)
     return 1 if r.unpaired else 0
 
-# %% ../../nbs/50_study/04_cli.ipynb #86e984f4
+# %% ../../nbs/50_study/04_cli.ipynb #d5b6847c
 def _command(sub, name, run, help, *args):
     "A sub-command with the options that all share."
     p = sub.add_parser(name, help=help, description=help, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -73,7 +73,7 @@ def _command(sub, name, run, help, *args):
     p.set_defaults(run=run)
     return p
 
-# %% ../../nbs/50_study/04_cli.ipynb #592dbc68
+# %% ../../nbs/50_study/04_cli.ipynb #c27341a6
 def parser()->argparse.ArgumentParser:
     "The `wsss` command."
     top = argparse.ArgumentParser('wsss', description='Weakly supervised semantic segmentation: cheap labels in, masks out.')
@@ -92,7 +92,7 @@ def parser()->argparse.ArgumentParser:
              ('truth', dict(metavar='TRUTH', help='true masks of the same names')), ('--trimaps', dict(action='store_true', help='TRUTH holds Oxford-IIIT Pet trimaps')))
     return top
 
-# %% ../../nbs/50_study/04_cli.ipynb #121cf52d
+# %% ../../nbs/50_study/04_cli.ipynb #e73b1911
 def _segment_options()->list:
     "The options of `wsss segment` beyond the photos."
     return [('-l --labels', dict(metavar='CSV', default=None, help='columns image,tags (several tags: separated by ; or space); without it, one sub-folder of PHOTOS per class')),
@@ -102,7 +102,7 @@ def _segment_options()->list:
             ('--epochs', dict(type=int, default=None, help='passes over the photos; default: by their number')),
             ('--size', dict(type=int, default=160, help='training size, pixels'))]
 
-# %% ../../nbs/50_study/04_cli.ipynb #28294a19
+# %% ../../nbs/50_study/04_cli.ipynb #a40026ea
 def main(
     argv=None,      # arguments; those of the process by default
 )->int:             # exit status
