@@ -85,7 +85,7 @@ def api_cell(cell, page, level, sources):
     name = shown(cell)
     text = ''.join(cell.outputs[0]['data']['text/markdown'])
     link = re.search(r'\[source\]\(([^)]*)\)', text)
-    body = re.sub(r'\b__main__\.|:NoneType(?==None)', '', text.split(f' {name}\n', 1)[1])
+    body = re.sub(r'\b__main__\.|:NoneType(?==None)', '', re.split(r'^#+ .*$', text, maxsplit=1, flags=re.M)[-1])
     code = sources.get(name)
     return nbformat.v4.new_markdown_cell('\n\n'.join(filter(None, [
         f'<span id="{name.lower()}"></span>', f'({label(page, name)})=', f'{"#"*max(level, 3)} `{name}`',

@@ -7,39 +7,38 @@ Docs: https://wsss-nb.github.io/wsss_nb/50_study/cli.html.md"""
 # %% auto #0
 __all__ = ['parser', 'main']
 
-# %% ../../nbs/50_study/04_cli.ipynb #e1e2f849
+# %% ../../nbs/50_study/04_cli.ipynb #1cc2eaa3
 import argparse, sys
 from pathlib import Path
 from ..data.items import InputError
 
-# %% ../../nbs/50_study/04_cli.ipynb #3aae33b9
+# %% ../../nbs/50_study/04_cli.ipynb #93553855
 def _study(a):
     "The main job on the sample or on a pets folder."
     from wsss_nb.data.pets import pets
-    from wsss_nb.data.sample import sample
-    from wsss_nb.study.main import main_job, profile_settings
+    from wsss_nb.study.main import main_job, profile_settings, sample_pets
     s = profile_settings(a.profile, seed=a.seed)
-    where = Path(a.pets) if a.pets else sample(profile=s.profile, workers=a.workers)/'pets'
-    main_job(pets(where, classes='breeds'), a.output, s, workers=a.workers)
+    main_job(pets(a.pets, classes='breeds') if a.pets else sample_pets(s.profile, a.workers), a.output, s, workers=a.workers)
 
-# %% ../../nbs/50_study/04_cli.ipynb #ffb3eb66
+# %% ../../nbs/50_study/04_cli.ipynb #600f4a4e
 def _segment(a):
     "Your own folder: tags in, model out."
     from wsss_nb.data.folder import folder
     from wsss_nb.study.photos import segment_photos
     ds = folder(a.photos, labels=a.labels, masks=a.masks, test_fraction=a.test_fraction, skip_bad=True, decode=True)
+    for note in ds.report['notes']: print(f'note: {note}')
     segment_photos(ds, a.output, seed=a.seed, epochs=a.epochs, size=a.size, workers=a.workers)
-    return _skipped(ds.report.get('skipped'))
+    return _skipped(ds.report['skipped'].values())
 
-# %% ../../nbs/50_study/04_cli.ipynb #d38bed6a
+# %% ../../nbs/50_study/04_cli.ipynb #c80eefb0
 def _skipped(skipped)->int:
-    "List what was left out; 1 if anything was."
+    "List the problems of what was left out; 1 if there are any."
     if not skipped: return 0
     print(f'\n{len(skipped)} not used:', file=sys.stderr)
-    for problem in skipped: print(f'  {problem if isinstance(problem, str) else problem[-1]}', file=sys.stderr)
+    for problem in skipped: print(f'  {problem}', file=sys.stderr)
     return 1
 
-# %% ../../nbs/50_study/04_cli.ipynb #a4b3ecc9
+# %% ../../nbs/50_study/04_cli.ipynb #8c302f12
 def _predict(a):
     "Masks and overlays of a folder of photos."
     from wsss_nb.study.photos import predict_photos
@@ -63,7 +62,7 @@ def _evaluate(a):
     print(r)
     return 1 if r.unpaired else 0
 
-# %% ../../nbs/50_study/04_cli.ipynb #d5b6847c
+# %% ../../nbs/50_study/04_cli.ipynb #9f3b3a8f
 def _command(sub, name, run, help, *args):
     "A sub-command with the options that all share."
     p = sub.add_parser(name, help=help, description=help, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -73,7 +72,7 @@ def _command(sub, name, run, help, *args):
     p.set_defaults(run=run)
     return p
 
-# %% ../../nbs/50_study/04_cli.ipynb #c27341a6
+# %% ../../nbs/50_study/04_cli.ipynb #70f5f312
 def parser()->argparse.ArgumentParser:
     "The `wsss` command."
     top = argparse.ArgumentParser('wsss', description='Weakly supervised semantic segmentation: cheap labels in, masks out.')
@@ -92,7 +91,7 @@ def parser()->argparse.ArgumentParser:
              ('truth', dict(metavar='TRUTH', help='true masks of the same names')), ('--trimaps', dict(action='store_true', help='TRUTH holds Oxford-IIIT Pet trimaps')))
     return top
 
-# %% ../../nbs/50_study/04_cli.ipynb #e73b1911
+# %% ../../nbs/50_study/04_cli.ipynb #1a4fa773
 def _segment_options()->list:
     "The options of `wsss segment` beyond the photos."
     return [('-l --labels', dict(metavar='CSV', default=None, help='columns image,tags (several tags: separated by ; or space); without it, one sub-folder of PHOTOS per class')),
@@ -102,7 +101,7 @@ def _segment_options()->list:
             ('--epochs', dict(type=int, default=None, help='passes over the photos; default: by their number')),
             ('--size', dict(type=int, default=160, help='training size, pixels'))]
 
-# %% ../../nbs/50_study/04_cli.ipynb #a40026ea
+# %% ../../nbs/50_study/04_cli.ipynb #a11038b8
 def main(
     argv=None,      # arguments; those of the process by default
 )->int:             # exit status

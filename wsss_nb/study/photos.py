@@ -7,7 +7,7 @@ Docs: https://wsss-nb.github.io/wsss_nb/50_study/photos.html.md"""
 # %% auto #0
 __all__ = ['photo_settings', 'check_contrast', 'segment_photos', 'predict_photos']
 
-# %% ../../nbs/50_study/03_photos.ipynb #9508284d
+# %% ../../nbs/50_study/03_photos.ipynb #c184d79e
 import shutil
 from pathlib import Path
 import numpy as np
@@ -20,7 +20,7 @@ from .main import Settings, predict_stage, train_from_tags
 from .runs import write_json
 from PIL import Image
 
-# %% ../../nbs/50_study/03_photos.ipynb #b85eb384
+# %% ../../nbs/50_study/03_photos.ipynb #f26b916b
 def photo_settings(
     n: int,                 # number of photos
     size: int = 160,        # training size, pixels
@@ -32,14 +32,14 @@ def photo_settings(
     bs = min(16, max(2, n // 2))
     return Settings('photos', seed, size=size, segment_size=size, classifier_epochs=e, segment_epochs=e, classifier_bs=bs, segment_bs=bs)
 
-# %% ../../nbs/50_study/03_photos.ipynb #831575a5
+# %% ../../nbs/50_study/03_photos.ipynb #5bbdfacf
 def check_contrast(view)->None:
     "`InputError` when all photos have the same tags."
     if len({o.tags for o in view}) < 2:
         names = ', '.join(view.classes)
         raise InputError(view.name, f'every photo has the same tags ({names})', 'A classifier needs a contrast: add photos of another class, or photos without any (an empty tag field).')
 
-# %% ../../nbs/50_study/03_photos.ipynb #23d1325f
+# %% ../../nbs/50_study/03_photos.ipynb #523df6e6
 def segment_photos(
     dataset,            # `Dataset` from `folder`
     output,             # folder of the model; runs are kept in its sub-folder `runs`
@@ -62,7 +62,7 @@ def segment_photos(
     say(f'model      {output}')
     return output
 
-# %% ../../nbs/50_study/03_photos.ipynb #878bcc42
+# %% ../../nbs/50_study/03_photos.ipynb #52d6349e
 def _copy(source, target):
     "Copy a file, whole or not at all."
     with atomic(target) as tmp: shutil.copyfile(source, tmp)
@@ -76,7 +76,7 @@ def _sheet(view, runs, output, say, n=8):
     picture_sheet(rows, output/'pseudo_masks.png', columns=('image', 'activation map', 'pseudo mask', 'prediction'), classes=('background', *view.segment_classes))
     say(f'pictures   {output/"pseudo_masks.png"}')
 
-# %% ../../nbs/50_study/03_photos.ipynb #f34f8c08
+# %% ../../nbs/50_study/03_photos.ipynb #50bcd5e7
 def _score_held_out(dataset, s, runs, output, say):
     "A score, where some held-out photos have true masks."
     if 'test' not in dataset.splits or not len(dataset.view('masks', 'test').with_masks()): return
@@ -85,7 +85,7 @@ def _score_held_out(dataset, s, runs, output, say):
     write_json(output/'score.json', {b: {k: v if isinstance(v, float) else list(v) for k, v in s.items()} for b, s in r.scores.items()})
     say(f'\n{r}\n')
 
-# %% ../../nbs/50_study/03_photos.ipynb #9a4475ff
+# %% ../../nbs/50_study/03_photos.ipynb #48852452
 def predict_photos(
     model,              # folder written by `segment_photos`
     photos,             # folder of photos
@@ -100,7 +100,7 @@ def predict_photos(
     say(f'{len(files) - len(bad)} masks   {output}' + (f'\noverlays   {Path(output)/"overlays"}' if overlays else ''))
     return [problem for _, problem in bad]
 
-# %% ../../nbs/50_study/03_photos.ipynb #ee276c57
+# %% ../../nbs/50_study/03_photos.ipynb #67368063
 def _overlays(files, store, folder):
     "A picture with its mask in colour for each photo."
     for p in tqdm(files, 'overlays', disable=len(files) < 20, leave=False):
