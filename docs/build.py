@@ -80,18 +80,20 @@ def definitions(module):
             for node in ast.parse(text).body if isinstance(node, kinds) and isinstance(patch_name(node), str)}
 
 
-def api_cell(cell, page, level, sources):
+def api_cell(cell, page, level, sources, taken):
     "A `show_doc` cell -> a Markdown cell: anchor, heading, link to the source, signature, docstring, folded source."
-    name = shown(cell)
+    name, slug = shown(cell), label(page, shown(cell))
+    while slug in taken: slug += '-2'     # `Thing` and `thing` on one page
+    taken.add(slug)
     text = ''.join(cell.outputs[0]['data']['text/markdown'])
     link = re.search(r'\[source\]\(([^)]*)\)', text)
     body = re.sub(r'\b__main__\.|:NoneType(?==None)', '', re.split(r'^#+ .*$', text, maxsplit=1, flags=re.M)[-1])
     code = sources.get(name)
     return nbformat.v4.new_markdown_cell('\n\n'.join(filter(None, [
-        f'<span id="{name.lower()}"></span>', f'({label(page, name)})=', f'{"#"*max(level, 3)} `{name}`',
+        f'<span id="{name.lower()}"></span>' if slug == label(page, name) else '', f'({slug})=', f'{"#"*max(level, 3)} `{name}`',
         f'[source]({link.group(1)}){{.source}}' if link else '', body.strip(),
         f'<details class="code"><summary>Code</summary>\n\n```python\n{code}\n```\n\n</details>' if code else ''])),
-        metadata={'symbol': name, 'label': label(page, name)})
+        metadata={'symbol': name, 'label': slug})
 
 
 def directives(source):
@@ -130,10 +132,10 @@ def title_cell(cell):
 
 def adapt(nb, page, sources):
     "The cells of one processed notebook, as myst-nb wants them."
-    level, cells = 1, []
+    level, cells, taken = 1, [], set()
     for cell in nb.cells:
         if cell.cell_type == 'raw': cells.append(title_cell(cell))
-        elif shown(cell): cells.append(api_cell(cell, page, level + 1, sources))
+        elif shown(cell): cells.append(api_cell(cell, page, level + 1, sources, taken))
         elif cell.cell_type == 'code':
             texts, cell = asis(cell), code_cell(cell, page)
             if cell.source or cell.outputs: cells.append(cell)
