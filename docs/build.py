@@ -166,7 +166,7 @@ def entries(page, nb):
     "The public symbols of one page, one line each, under the page's title."
     title = re.search(r'^# (.*)', nb.cells[0].source).group(1)
     cells = [c for c in nb.cells if '.__' not in c.metadata.get('symbol', '.__')]
-    lines = [f'- [`{c.metadata.symbol}`](#{c.metadata.label}): {summary(c)}' for c in cells]
+    lines = [f'- [`{c.metadata.symbol}`](#{c.metadata.label}): {summary(c)}'.removesuffix(': ') for c in cells]
     return [f'**[{title}](/{page}.ipynb)**', '\n'.join(lines)] if lines else []
 
 
