@@ -1,4 +1,5 @@
 "Reads settings.ini. The name, the description and the addresses are in pyproject.toml."
+import re
 from configparser import ConfigParser
 from pathlib import Path
 
@@ -15,6 +16,14 @@ def lines(text):
     return [line.strip() for line in text.strip().splitlines()]
 
 
+def readme():
+    "README.md with absolute links, as PyPI needs them."
+    home = re.search(r'^Repository = "(.*)"$', (here/'pyproject.toml').read_text(encoding='utf-8'), re.M).group(1)
+    text = (here/'README.md').read_text(encoding='utf-8')
+    text = re.sub(r'(!\[[^]]*\])\((?!\w+:)', rf'\1({home}/raw/main/', text)
+    return re.sub(r'\]\((?!\w+:|#)', f']({home}/blob/main/', text)
+
+
 setup(
     version=package['version'],
     python_requires=package['python'],
@@ -22,7 +31,7 @@ setup(
     license=package['license'],
     keywords=package['keywords'],
     classifiers=lines(package['classifiers']),
-    long_description=(here/'README.md').read_text(encoding='utf-8'),
+    long_description=readme(),
     long_description_content_type='text/markdown',
     install_requires=lines(package['requirements']),
     extras_require={name: lines(text) for name, text in ini['extras'].items()},

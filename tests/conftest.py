@@ -31,8 +31,11 @@ def serve():
     class Quiet(http.server.SimpleHTTPRequestHandler):
         def log_message(self, *args): pass
 
+    class Server(http.server.ThreadingHTTPServer):
+        def handle_error(self, *args): pass     # the browser went on to another page
+
     def start(folder):
-        servers.append(http.server.ThreadingHTTPServer(('127.0.0.1', 0), functools.partial(Quiet, directory=str(folder))))
+        servers.append(Server(('127.0.0.1', 0), functools.partial(Quiet, directory=str(folder))))
         threading.Thread(target=servers[-1].serve_forever, daemon=True).start()
         return f'http://127.0.0.1:{servers[-1].server_port}'
 
