@@ -56,6 +56,14 @@ def test_cross_entropy_is_torchs(seed, c, void, weighted, smoothing):
         torch.testing.assert_close(got, want); torch.testing.assert_close(grad, torch.autograd.grad(want, z)[0])
 
 
+@pytest.mark.parametrize('loss', [cross_entropy, SegmentLoss(dice=1.), SegmentLoss(weight=[1, 2, 3])])
+@pytest.mark.parametrize('id', [VOID, UNLABELLED])
+def test_nothing_labelled(loss, id):
+    z = torch.randn(2, 3, 4, 5, requires_grad=True)
+    loss(z, torch.full((2, 4, 5), id)).backward()
+    assert loss(z, torch.full((2, 4, 5), id)) == 0 and not z.grad.any()
+
+
 def test_dice_is_the_librarys():
     torch.manual_seed(0)
     z, y = torch.randn(2, 3, 8, 8), torch.randint(0, 3, (2, 8, 8)); y[:, :2] = VOID
