@@ -342,7 +342,7 @@ def test_the_good_are_finished_and_the_bad_named(tmp_path):
     maps.path('photo 0').unlink()
     maps.path('photo 1').write_bytes(maps.path('photo 1').read_bytes()[:100])
     maps.save('photo 3', Maps(np.array([5]), np.ones((1, 2, 2))))
-    maps.save('photo 4', Maps(np.array([1]), np.full((1, 2, 2), np.nan)))
+    np.savez(maps.path('photo 4'), keys=np.array([1]), values=np.full((1, 2, 2), np.nan, np.float16))    # a store refuses to save these
     view['photo 5'].image.write_bytes(b'not an image')
     view['photo 6'].image.unlink()
     failed = dict(write_pseudo_masks(view, maps, labels, workers=2))

@@ -7,7 +7,7 @@ Docs: https://wsss-nb.github.io/wsss_nb/50_study/photos.html.md"""
 # %% auto #0
 __all__ = ['photo_settings', 'check_contrast', 'segment_photos', 'predict_photos']
 
-# %% ../../nbs/50_study/03_photos.ipynb #c184d79e
+# %% ../../nbs/50_study/03_photos.ipynb #46cbd28b
 import shutil
 from pathlib import Path
 import numpy as np
@@ -20,7 +20,7 @@ from .main import Settings, predict_stage, train_from_tags
 from .runs import write_json
 from PIL import Image
 
-# %% ../../nbs/50_study/03_photos.ipynb #f26b916b
+# %% ../../nbs/50_study/03_photos.ipynb #51f2df55
 def photo_settings(
     n: int,                 # number of photos
     size: int = 160,        # training size, pixels
@@ -32,14 +32,14 @@ def photo_settings(
     bs = min(16, max(2, n // 2))
     return Settings('photos', seed, size=size, segment_size=size, classifier_epochs=e, segment_epochs=e, classifier_bs=bs, segment_bs=bs)
 
-# %% ../../nbs/50_study/03_photos.ipynb #5bbdfacf
+# %% ../../nbs/50_study/03_photos.ipynb #d2c7707d
 def check_contrast(view)->None:
     "`InputError` when all photos have the same tags."
     if len({o.tags for o in view}) < 2:
         names = ', '.join(view.classes)
         raise InputError(view.name, f'every photo has the same tags ({names})', 'A classifier needs a contrast: add photos of another class, or photos without any (an empty tag field).')
 
-# %% ../../nbs/50_study/03_photos.ipynb #523df6e6
+# %% ../../nbs/50_study/03_photos.ipynb #7387de23
 def segment_photos(
     dataset,            # `Dataset` from `folder`
     output,             # folder of the model; runs are kept in its sub-folder `runs`
@@ -62,21 +62,21 @@ def segment_photos(
     say(f'model      {output}')
     return output
 
-# %% ../../nbs/50_study/03_photos.ipynb #52d6349e
+# %% ../../nbs/50_study/03_photos.ipynb #ad4afbda
 def _copy(source, target):
     "Copy a file, whole or not at all."
     with atomic(target) as tmp: shutil.copyfile(source, tmp)
 
-def _sheet(view, runs, output, say, n=8):
+def _sheet(view, runs, output, say, n=5):
     "Pictures of what the model was taught: the best check there is without truth."
     maps, masks = MapStore(runs['cam']/'maps'), LabelStore(runs['pseudo']/'masks')
     some = [view[i] for i in np.unique(np.linspace(0, len(view) - 1, n).round().astype(int))]
     model = load_segmenter(output)
     rows = [{'image': (im := read_image(o.image)), 'activation map': maps.load(o.id).values.max(0, initial=0), 'pseudo mask': masks.load(o.id), 'prediction': model.predict(im)} for o in some]
-    picture_sheet(rows, output/'pseudo_masks.png', columns=('image', 'activation map', 'pseudo mask', 'prediction'), classes=('background', *view.segment_classes))
-    say(f'pictures   {output/"pseudo_masks.png"}')
+    picture_sheet(rows, output/'pseudo_masks.jpg', columns=('image', 'activation map', 'pseudo mask', 'prediction'), classes=('background', *view.segment_classes))
+    say(f'pictures   {output/"pseudo_masks.jpg"}')
 
-# %% ../../nbs/50_study/03_photos.ipynb #50bcd5e7
+# %% ../../nbs/50_study/03_photos.ipynb #3d006206
 def _score_held_out(dataset, s, runs, output, say):
     "A score, where some held-out photos have true masks."
     if 'test' not in dataset.splits or not len(dataset.view('masks', 'test').with_masks()): return
@@ -85,7 +85,7 @@ def _score_held_out(dataset, s, runs, output, say):
     write_json(output/'score.json', {b: {k: v if isinstance(v, float) else list(v) for k, v in s.items()} for b, s in r.scores.items()})
     say(f'\n{r}\n')
 
-# %% ../../nbs/50_study/03_photos.ipynb #48852452
+# %% ../../nbs/50_study/03_photos.ipynb #7cc812f7
 def predict_photos(
     model,              # folder written by `segment_photos`
     photos,             # folder of photos
@@ -100,7 +100,7 @@ def predict_photos(
     say(f'{len(files) - len(bad)} masks   {output}' + (f'\noverlays   {Path(output)/"overlays"}' if overlays else ''))
     return [problem for _, problem in bad]
 
-# %% ../../nbs/50_study/03_photos.ipynb #67368063
+# %% ../../nbs/50_study/03_photos.ipynb #c7ac5d68
 def _overlays(files, store, folder):
     "A picture with its mask in colour for each photo."
     for p in tqdm(files, 'overlays', disable=len(files) < 20, leave=False):
