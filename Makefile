@@ -36,7 +36,7 @@ readme: $(READY)  ## README.md from nbs/index.ipynb
 
 NB ?= $(shell find nbs -name '*.ipynb' -not -path '*/.*' | sort)
 notebooks: $(READY)  ## run every notebook (or NB=one.ipynb) with the sample profile and keep the outputs
-	WSSS_PROFILE=sample PYTHONWARNINGS=ignore $(BIN)/jupyter execute --inplace $(NB)
+	WSSS_PROFILE=sample PYTHONWARNINGS=ignore TQDM_DISABLE=1 $(BIN)/jupyter execute --inplace $(NB)
 	$(BIN)/nbdev-clean
 
 clean:  ## remove what the targets made (.venv stays; runs and data stay)

@@ -8,7 +8,7 @@ Docs: https://wsss-nb.github.io/wsss_nb/10_localize/cam.html.md"""
 __all__ = ['CamClassifier', 'cam_learner', 'train_classifier', 'normalise_maps', 'cam', 'choose_classes', 'write_cams',
            'save_classifier', 'load_classifier']
 
-# %% ../../nbs/10_localize/02_cam.ipynb #ef7da267
+# %% ../../nbs/10_localize/02_cam.ipynb #b73ba997
 import json
 from functools import partial
 import numpy as np, torch, torch.nn.functional as F
@@ -25,7 +25,7 @@ from ..data.store import Maps, MapStore
 from .backbones import DEFAULT_BACKBONE, create_backbone, stats
 from .training import fit, seed_everything
 
-# %% ../../nbs/10_localize/02_cam.ipynb #dfb37e12
+# %% ../../nbs/10_localize/02_cam.ipynb #d2448feb
 class CamClassifier(nn.Module):
     "Backbone, global average pooling, one linear layer: a classifier that carries its activation maps."
     def __init__(self,
@@ -45,12 +45,12 @@ class CamClassifier(nn.Module):
         m = F.conv2d(self.backbone.forward_features(x), self.head.weight[:, :, None, None])
         return m, m.mean((2, 3)) + self.head.bias
 
-# %% ../../nbs/10_localize/02_cam.ipynb #a963172c
+# %% ../../nbs/10_localize/02_cam.ipynb #eaf3537c
 def _split(model):
     "Two parameter groups: backbone and head."
     return [params(model.backbone), params(model.head)]
 
-# %% ../../nbs/10_localize/02_cam.ipynb #df535047
+# %% ../../nbs/10_localize/02_cam.ipynb #3fa9d507
 def cam_learner(
     view,                       # `View` with tags
     backbone: str = DEFAULT_BACKBONE,   # timm name
@@ -70,7 +70,7 @@ def cam_learner(
     return Learner(dls, net, loss_func=CrossEntropyLossFlat() if one else BCEWithLogitsLossFlat(),
                    metrics=accuracy if one else accuracy_multi, splitter=_split)
 
-# %% ../../nbs/10_localize/02_cam.ipynb #0405b324
+# %% ../../nbs/10_localize/02_cam.ipynb #0d727800
 def train_classifier(
     view,                   # `View` with tags
     epochs: int = 3,        # passes over the view
@@ -82,7 +82,7 @@ def train_classifier(
     "Train a CAM classifier; resumes from `path` when it was interrupted."
     return fit(cam_learner(view, seed=seed, **kwargs), epochs, slice(lr / 10, lr), seed=seed, path=path)
 
-# %% ../../nbs/10_localize/02_cam.ipynb #c56ed505
+# %% ../../nbs/10_localize/02_cam.ipynb #7715039b
 def normalise_maps(
     maps: torch.Tensor,     # summed activation, float …×h×w, ≥ 0
     eps: float = 1e-5,      # added to the maximum
@@ -90,7 +90,7 @@ def normalise_maps(
     "Divide each map by its own maximum."
     return maps / (maps.amax((-2, -1), keepdim=True) + eps)
 
-# %% ../../nbs/10_localize/02_cam.ipynb #e0e7ae4a
+# %% ../../nbs/10_localize/02_cam.ipynb #18d05779
 @torch.inference_mode()
 def cam(
     model: CamClassifier,   # a trained classifier, in eval mode
@@ -107,7 +107,7 @@ def cam(
     z = raw[list(scales).index(1.)][1] if 1. in scales else raw[0][1]
     return normalise_maps(total) if normalise else total, z.unflatten(0, (len(views), -1)).mean(0)
 
-# %% ../../nbs/10_localize/02_cam.ipynb #37193a9e
+# %% ../../nbs/10_localize/02_cam.ipynb #c8c33992
 def _scaled_maps(model, x, scale):
     "Maps and logits of a batch resized by `scale`, to whole multiples of 32 pixels."
     size = [max(32, round(n * scale / 32) * 32) for n in x.shape[2:]]
@@ -119,7 +119,7 @@ def _unflip(maps, n):
     a, b = maps.chunk(2)
     return a + b.flip(3)
 
-# %% ../../nbs/10_localize/02_cam.ipynb #345c6da8
+# %% ../../nbs/10_localize/02_cam.ipynb #fb2382f3
 def choose_classes(
     item,               # `Item`; its tags are used when choice is 'tags'
     logits: np.ndarray, # float C
@@ -135,7 +135,7 @@ def choose_classes(
     if single_label: return [c for c in [int(np.argmax(logits)) + 1] if c <= n_classes]
     return (np.flatnonzero(logits[:n_classes] > 0) + 1).tolist() or [int(np.argmax(logits[:n_classes])) + 1]
 
-# %% ../../nbs/10_localize/02_cam.ipynb #458da4b4
+# %% ../../nbs/10_localize/02_cam.ipynb #9c4f2b17
 def _read_batch(items, size):
     "Readable images of some items as normalised input; (item, problem) of the others."
     good, arrays, bad = [], [], []
@@ -149,7 +149,7 @@ def _normalised(arrays, mean_std):
     mean, std = (torch.tensor(s, dtype=torch.float32)[:, None, None] for s in mean_std)
     return (torch.from_numpy(np.stack(arrays)).permute(0, 3, 1, 2).float().div(255) - mean) / std
 
-# %% ../../nbs/10_localize/02_cam.ipynb #bdd0db8e
+# %% ../../nbs/10_localize/02_cam.ipynb #148c984a
 def write_cams(
     model: CamClassifier,   # trained classifier
     view,                   # `View`
@@ -174,13 +174,13 @@ def write_cams(
             bar.update(len(items) + len(broken))
     return bad
 
-# %% ../../nbs/10_localize/02_cam.ipynb #64833123
+# %% ../../nbs/10_localize/02_cam.ipynb #b0d15d14
 def _save_cam(store, item, maps, logits, view, choice):
     "Keep the maps of the chosen classes of one image."
     keys = choose_classes(item, logits, len(view.classes), choice, view.single_label)
     store.save(item.id, Maps(keys, maps[[k - 1 for k in keys]]))
 
-# %% ../../nbs/10_localize/02_cam.ipynb #ed87ecf8
+# %% ../../nbs/10_localize/02_cam.ipynb #6984a705
 def save_classifier(
     learn: Learner,     # from `cam_learner`
     folder,             # gets `classifier.safetensors` and `classifier.json`
@@ -190,7 +190,7 @@ def save_classifier(
     with atomic(f'{folder}/classifier.safetensors') as tmp: save_file({k: v.cpu().contiguous() for k, v in learn.model.state_dict().items()}, tmp)
     with atomic(f'{folder}/classifier.json') as tmp: tmp.write_text(json.dumps(config, indent=1))
 
-# %% ../../nbs/10_localize/02_cam.ipynb #11d28a74
+# %% ../../nbs/10_localize/02_cam.ipynb #f446c07c
 def load_classifier(
     folder,             # written by `save_classifier`
 )->CamClassifier:       # in eval mode

@@ -7,7 +7,7 @@ Docs: https://wsss-nb.github.io/wsss_nb/10_localize/training.html.md"""
 # %% auto #0
 __all__ = ['seed_everything', 'Reproducible', 'Resumable', 'load_checkpoint', 'fit']
 
-# %% ../../nbs/10_localize/00_training.ipynb #277123d5
+# %% ../../nbs/10_localize/00_training.ipynb #e00c6f7f
 import json, random
 from pathlib import Path
 import numpy as np, torch
@@ -17,7 +17,7 @@ from fastai.learner import Learner
 from fastai.torch_core import set_seed
 from ..data.items import InputError, atomic
 
-# %% ../../nbs/10_localize/00_training.ipynb #a31417e4
+# %% ../../nbs/10_localize/00_training.ipynb #734a0a54
 def seed_everything(
     seed: int,                  # any whole number
     dls=None,                   # fastai `DataLoaders`, whose own generators are set too
@@ -26,14 +26,14 @@ def seed_everything(
     set_seed(seed % 2**32, reproducible=True)
     for i, dl in enumerate(getattr(dls, 'loaders', ())): dl.rng = random.Random(seed + i)
 
-# %% ../../nbs/10_localize/00_training.ipynb #6b093c81
+# %% ../../nbs/10_localize/00_training.ipynb #1840056d
 class Reproducible(Callback):
     "Reseeds before each epoch from (seed, epoch)."
     order = -100
     def __init__(self, seed: int = 0): self.seed = seed
     def before_epoch(self): seed_everything(self.seed * 100_003 + self.epoch + 1, self.dls)
 
-# %% ../../nbs/10_localize/00_training.ipynb #834d5fed
+# %% ../../nbs/10_localize/00_training.ipynb #f7a48259
 def _plain(o):
     "The same state made of dicts, lists, tensors and Python numbers only."
     if isinstance(o, dict): return {k: _plain(v) for k, v in o.items()}
@@ -41,7 +41,7 @@ def _plain(o):
     if isinstance(o, np.generic): return o.item()
     return [_plain(v) for v in o] if isinstance(o, (list, tuple)) or type(o).__name__ == 'L' else o
 
-# %% ../../nbs/10_localize/00_training.ipynb #eb05c065
+# %% ../../nbs/10_localize/00_training.ipynb #c0bd24a3
 class Resumable(Callback):
     "Writes weights and optimiser to `path` after each epoch."
     order = 90
@@ -50,7 +50,7 @@ class Resumable(Callback):
         state = {'epoch': self.epoch + 1, 'n_epoch': self.n_epoch, 'model': self.model.state_dict(), 'opt': self.opt.state_dict()}
         with atomic(self.path) as tmp: torch.save(_plain(state), tmp)
 
-# %% ../../nbs/10_localize/00_training.ipynb #220c7ee2
+# %% ../../nbs/10_localize/00_training.ipynb #9b27a0bb
 def load_checkpoint(
     learn: Learner,     # a learner with the same model and optimiser
     path,               # file written by `Resumable`
@@ -67,7 +67,7 @@ def load_checkpoint(
     except Exception as e:
         raise InputError(path, f'not a safe checkpoint ({type(e).__name__})', 'Delete it and the training starts afresh.') from e
 
-# %% ../../nbs/10_localize/00_training.ipynb #49a505eb
+# %% ../../nbs/10_localize/00_training.ipynb #7cc88691
 def fit(
     learn: Learner,         # any learner
     epochs: int,            # passes over the training set
@@ -80,7 +80,7 @@ def fit(
     "One-cycle training, reproducible and resumable."
     learn.remove_cbs([cb for cb in learn.cbs if isinstance(cb, (Reproducible, Resumable))])
     cbs = [Reproducible(seed)] + ([Resumable(path)] if path is not None else [])
-    learn.recorder.valid_metrics = len(learn.dls.loaders) > 1 and len(learn.dls.valid.dataset) > 0   # no empty columns
+    if len(learn.dls.loaders) < 2 or not len(learn.dls.valid.dataset): learn.recorder.valid_metrics, learn.metrics = False, []   # no empty columns
     start = load_checkpoint(learn, path) if path is not None and Path(path).is_file() else 0
     if start < epochs: learn.fit_one_cycle(epochs, lr, wd=wd, pct_start=pct_start, cbs=cbs, start_epoch=start)
     return learn

@@ -7,12 +7,12 @@ Docs: https://wsss-nb.github.io/wsss_nb/50_study/cli.html.md"""
 # %% auto #0
 __all__ = ['parser', 'main']
 
-# %% ../../nbs/50_study/04_cli.ipynb #bff4923a
+# %% ../../nbs/50_study/04_cli.ipynb #6ac10c51
 import argparse, sys
 from pathlib import Path
 from ..data.items import InputError
 
-# %% ../../nbs/50_study/04_cli.ipynb #814d2df7
+# %% ../../nbs/50_study/04_cli.ipynb #90882229
 def _study(a):
     "The main job on the sample or on a pets folder."
     from wsss_nb.data.pets import pets
@@ -20,7 +20,7 @@ def _study(a):
     s = profile_settings(a.profile, seed=a.seed)
     main_job(pets(a.pets, classes='breeds') if a.pets else sample_pets(s.profile, a.workers), a.output, s, workers=a.workers)
 
-# %% ../../nbs/50_study/04_cli.ipynb #d8e49a09
+# %% ../../nbs/50_study/04_cli.ipynb #750573f3
 def _segment(a):
     "Your own folder: tags in, model out."
     from wsss_nb.data.folder import folder
@@ -30,7 +30,7 @@ def _segment(a):
     segment_photos(ds, a.output, seed=a.seed, epochs=a.epochs, size=a.size, workers=a.workers)
     return _skipped(ds.report['skipped'].values())
 
-# %% ../../nbs/50_study/04_cli.ipynb #20f20bbe
+# %% ../../nbs/50_study/04_cli.ipynb #30abd599
 def _skipped(skipped)->int:
     "List the problems of what was left out; 1 if there are any."
     if not skipped: return 0
@@ -38,7 +38,7 @@ def _skipped(skipped)->int:
     for problem in skipped: print(f'  {problem}', file=sys.stderr)
     return 1
 
-# %% ../../nbs/50_study/04_cli.ipynb #d32d5e7f
+# %% ../../nbs/50_study/04_cli.ipynb #281a3ae0
 def _predict(a):
     "Masks and overlays of a folder of photos."
     from wsss_nb.study.photos import predict_photos
@@ -62,7 +62,7 @@ def _evaluate(a):
     print(r)
     return 1 if r.unpaired else 0
 
-# %% ../../nbs/50_study/04_cli.ipynb #f26af4bd
+# %% ../../nbs/50_study/04_cli.ipynb #2495dccc
 def _command(sub, name, run, help, *args):
     "A sub-command with the options that all share."
     p = sub.add_parser(name, help=help, description=help, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
@@ -72,7 +72,7 @@ def _command(sub, name, run, help, *args):
     p.set_defaults(run=run)
     return p
 
-# %% ../../nbs/50_study/04_cli.ipynb #4847178c
+# %% ../../nbs/50_study/04_cli.ipynb #e982b442
 def parser()->argparse.ArgumentParser:
     "The `wsss` command."
     top = argparse.ArgumentParser('wsss', description='Weakly supervised semantic segmentation: cheap labels in, masks out.')
@@ -91,7 +91,7 @@ def parser()->argparse.ArgumentParser:
              ('truth', dict(metavar='TRUTH', help='true masks of the same names')), ('--trimaps', dict(action='store_true', help='TRUTH holds Oxford-IIIT Pet trimaps')))
     return top
 
-# %% ../../nbs/50_study/04_cli.ipynb #c4aa6dae
+# %% ../../nbs/50_study/04_cli.ipynb #45fe31dc
 def _segment_options()->list:
     "The options of `wsss segment` beyond the photos."
     return [('-l --labels', dict(metavar='CSV', default=None, help='columns image,tags (several tags: separated by ; or space); without it, one sub-folder of PHOTOS per class')),
@@ -101,7 +101,7 @@ def _segment_options()->list:
             ('--epochs', dict(type=int, default=None, help='passes over the photos; default: by their number')),
             ('--size', dict(type=int, default=160, help='training size, pixels'))]
 
-# %% ../../nbs/50_study/04_cli.ipynb #9292db6c
+# %% ../../nbs/50_study/04_cli.ipynb #440dace3
 def main(
     argv=None,      # arguments; those of the process by default
 )->int:             # exit status
