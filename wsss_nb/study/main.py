@@ -9,7 +9,7 @@ __all__ = ['PROFILES', 'Settings', 'profile_settings', 'classifier_stage', 'cam_
            'segment_stage', 'final_crf', 'predict_stage', 'Trivial', 'main_table', 'sample_pets', 'MainJob',
            'train_from_tags', 'main_job', 'main_sheet']
 
-# %% ../../nbs/50_study/02_main.ipynb #5c85b964
+# %% ../../nbs/50_study/02_main.ipynb #85af70d7
 import os
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -30,7 +30,7 @@ from ..segment.predict import load_segmenter, segmenter
 from .runs import data_hash, hardware, run_stage
 from .tables import Table
 
-# %% ../../nbs/50_study/02_main.ipynb #87682593
+# %% ../../nbs/50_study/02_main.ipynb #11124081
 @dataclass(frozen=True)
 class Settings:
     "What the main job does; every field is part of the name of a run."
@@ -53,7 +53,7 @@ class Settings:
     predict_scales: tuple = (1.,)       # of the prediction, relative to `segment_size`
     predict_crf: str = ''               # CRF preset applied to the prediction; '' for none
 
-# %% ../../nbs/50_study/02_main.ipynb #77b45998
+# %% ../../nbs/50_study/02_main.ipynb #ee5311f8
 PROFILES = {
     'smoke': Settings('smoke', size=96, segment_size=96, classifier_epochs=1, segment_epochs=1, classifier_bs=4, segment_bs=4, cam_scales=(1., 2.)),
     'sample': Settings(),
@@ -69,7 +69,7 @@ def profile_settings(
     if profile not in PROFILES: raise ValueError(f'no profile {profile!r}; there are {", ".join(PROFILES)}')
     return replace(PROFILES[profile], **changes)
 
-# %% ../../nbs/50_study/02_main.ipynb #cdba4158
+# %% ../../nbs/50_study/02_main.ipynb #acffcbae
 def _part(settings: Settings, *names)->dict:
     "Some fields of the settings, for the configuration of a stage."
     return {n: asdict(settings)[n] for n in names}
@@ -80,7 +80,7 @@ def _complain(bad, what):
     lines = '\n'.join(f'  {problem}' for _, problem in bad[:20])
     raise InputError(what, f'{len(bad)} images could not be used, the others are finished', f'Mend or remove them and run again:\n{lines}')
 
-# %% ../../nbs/50_study/02_main.ipynb #bdce4b7a
+# %% ../../nbs/50_study/02_main.ipynb #ae2a93b9
 def classifier_stage(root, view, s: Settings, say):
     "Train the CAM classifier on tags; a `Run` with `classifier.safetensors`."
     config = _part(s, 'seed', 'backbone', 'output_stride', 'size', 'classifier_epochs', 'classifier_lr', 'classifier_bs') | {'data': data_hash(view)}
@@ -92,7 +92,7 @@ def classifier_stage(root, view, s: Settings, say):
         return {'images': len(view) * s.classifier_epochs, 'epochs': s.classifier_epochs, 'train_images': len(view)}
     return run_stage(root, 'classifier', config, work, say)
 
-# %% ../../nbs/50_study/02_main.ipynb #5b6c15ca
+# %% ../../nbs/50_study/02_main.ipynb #ae2f16d6
 def cam_stage(root, view, s: Settings, classifier, say):
     "CAM of the training images for their tags; a `Run` with a `MapStore` in `maps`."
     config = _part(s, 'size', 'cam_scales') | {'classifier': classifier.hash, 'choice': 'tags', 'data': data_hash(view)}
@@ -102,7 +102,7 @@ def cam_stage(root, view, s: Settings, classifier, say):
         return {'images': len(view)}
     return run_stage(root, 'cam', config, work, say)
 
-# %% ../../nbs/50_study/02_main.ipynb #e4b21ae3
+# %% ../../nbs/50_study/02_main.ipynb #f910d91f
 def pseudo_stage(root, view, s: Settings, cams, say, workers=None):
     "Pseudo masks by dense CRF; a `Run` with a `LabelStore` in `masks`."
     config = _part(s, 'crf') | {'cam': cams.hash, 'segment_of': view.segment_of}
@@ -111,7 +111,7 @@ def pseudo_stage(root, view, s: Settings, cams, say, workers=None):
         return {'images': len(view)}
     return run_stage(root, 'pseudo', config, work, say)
 
-# %% ../../nbs/50_study/02_main.ipynb #3b95512d
+# %% ../../nbs/50_study/02_main.ipynb #52d26cbd
 def read_stored(item, store):   # uint8 H×W
     "The label map of an item from a `LabelStore`."
     return store.load(item.id)
@@ -127,7 +127,7 @@ def segment_stage(root, view, s: Settings, read_label, labels, say, stage='segme
         return {'images': len(view) * s.segment_epochs, 'epochs': s.segment_epochs, 'train_images': len(view)}
     return run_stage(root, stage, config, work, say)
 
-# %% ../../nbs/50_study/02_main.ipynb #d9f607a8
+# %% ../../nbs/50_study/02_main.ipynb #dd5dde81
 def final_crf(image, probabilities, preset):   # uint8 H×W
     "Dense CRF on a prediction, its widths adapted to the size of the photo."
     settings = crf_settings(preset).for_size(*image.shape[:2])
@@ -141,7 +141,7 @@ def predict_stage(root, view, s: Settings, segment, name, say):
         return {'images': len(view)}
     return run_stage(root, name, _part(s, 'predict_scales', 'predict_crf') | {'segment': segment.hash, 'data': data_hash(view)}, work, say)
 
-# %% ../../nbs/50_study/02_main.ipynb #dd2f4684
+# %% ../../nbs/50_study/02_main.ipynb #3c9d23ae
 class Trivial:
     "A mapping id → mask for an answer that does not look at the image."
     def __init__(self,
@@ -151,13 +151,13 @@ class Trivial:
     def __contains__(self, id): return True
     def __getitem__(self, id): return self.make(read_image(self.dataset[id].image).shape[:2])
 
-# %% ../../nbs/50_study/02_main.ipynb #999b5fff
+# %% ../../nbs/50_study/02_main.ipynb #11a213ab
 def _row(step, trained_on, result):
     "One row of the main table."
     r = result.row()
     return {'step': step, 'trained on': trained_on, 'IoU': r['IoU'], 'data-set IoU': r['data-set IoU'], 'Dice': r['Dice'], 'mIoU': r['mIoU'], 'images': len(result)}
 
-# %% ../../nbs/50_study/02_main.ipynb #23db9c48
+# %% ../../nbs/50_study/02_main.ipynb #2ed8d914
 def _score(dataset, split, named, say):
     "Evaluate named predictions; a list of (step, trained on, Result)."
     out = []
@@ -173,7 +173,7 @@ def main_table(results, s: Settings, dataset, note='')->Table:
     return Table([_row(*r) for r in results], f'{dataset.name}: foreground IoU and Dice as mean over images with 95 % bootstrap interval, data-set IoU and mIoU over all pixels; border ignored',
                  s.profile, s.backbone if s.backbone == s.segment_backbone else f'{s.backbone} (classifier), {s.segment_backbone} (segmentation)', s.seed, words, note)
 
-# %% ../../nbs/50_study/02_main.ipynb #0b31e209
+# %% ../../nbs/50_study/02_main.ipynb #81ce1d08
 def sample_pets(
     profile: str|None = None,   # 'smoke' or 'sample'; $WSSS_PROFILE or 'sample' by default
     workers: int|None = None,   # processes for rendering; all cores by default
@@ -183,7 +183,7 @@ def sample_pets(
     ds.name = 'Rendered pets'
     return ds
 
-# %% ../../nbs/50_study/02_main.ipynb #43feac97
+# %% ../../nbs/50_study/02_main.ipynb #94322415
 @dataclass
 class MainJob:
     "What a main job made."
@@ -193,7 +193,7 @@ class MainJob:
     table: Table
     sheet: Path|None    # picture sheet, PNG
 
-# %% ../../nbs/50_study/02_main.ipynb #42e66a2f
+# %% ../../nbs/50_study/02_main.ipynb #4b758150
 def train_from_tags(root, view, s: Settings, say=print, workers=None)->dict:   # stage name → `Run`
     "Classifier, CAM, pseudo masks and segmentation network from a `tags` view."
     if not len(view): raise InputError(view.name, f'no image in split {view.split!r}', 'Training needs photos with tags.')
@@ -204,7 +204,7 @@ def train_from_tags(root, view, s: Settings, say=print, workers=None)->dict:   #
     runs['segment'] = segment_stage(root, view, s, partial(read_stored, store=store), runs['pseudo'].hash, say)
     return runs
 
-# %% ../../nbs/50_study/02_main.ipynb #c380dc96
+# %% ../../nbs/50_study/02_main.ipynb #194d2d0f
 def main_job(
     dataset,                # `Dataset` with tags, and masks where it is scored
     root='runs',            # folder of all runs
@@ -227,7 +227,7 @@ def main_job(
     if len(known): results += _score(dataset, train, [('pseudo masks (training images)', 'tags', LabelStore(runs['pseudo']/'masks'))], say)
     return _report(root, dataset, s, runs, results, test, say)
 
-# %% ../../nbs/50_study/02_main.ipynb #576ef680
+# %% ../../nbs/50_study/02_main.ipynb #6d7de254
 def _named(dataset, runs, view, known)->list:
     "What is scored on the test split: (step, trained on, predictions)."
     net = 'U-Net' if runs['segment'].config['arch'] == 'unet' else runs['segment'].config['arch']
@@ -236,7 +236,7 @@ def _named(dataset, runs, view, known)->list:
     if 'predict_truth' in runs: out.append((f'{net} on true masks', f'masks of {len(known)} images', LabelStore(runs['predict_truth']/'masks')))
     return out
 
-# %% ../../nbs/50_study/02_main.ipynb #f20c69e0
+# %% ../../nbs/50_study/02_main.ipynb #0c76aae7
 def _report(root, dataset, s, runs, results, test, say)->MainJob:
     "Write table and picture sheet; name where they are."
     table = main_table(results, s, dataset)
@@ -247,7 +247,7 @@ def _report(root, dataset, s, runs, results, test, say)->MainJob:
     say(f'\n{table}\n\ntable     {file}\npictures  {sheet}')
     return MainJob(s, runs, results, table, sheet)
 
-# %% ../../nbs/50_study/02_main.ipynb #c1c365f3
+# %% ../../nbs/50_study/02_main.ipynb #b9f1dd09
 def main_sheet(dataset, runs, results, s: Settings, path, test, n=6):
     "Image, map, pseudo mask, prediction and truth of a few test images."
     result = next(r for step, _, r in results if step.endswith('on pseudo masks'))
