@@ -15,7 +15,7 @@ study: $(READY)  ## the main job on the sample: tags in, masks out, a table and 
 	$(BIN)/wsss study
 
 test: $(READY)  ## every notebook as a test, then pytest
-	$(TESTING) $(BIN)/nbdev-test --n_workers 2 --do_print
+	$(TESTING) $(BIN)/nbdev-test --n-workers 2 --do-print --timing nbs
 	$(TESTING) $(BIN)/python -m pytest -q
 
 lab: $(READY)  ## JupyterLab on the notebooks
