@@ -55,7 +55,7 @@ def find_photos(
     files = [(p, None) for p in _photos_in(folder)] or [(p, d.name) for d in subs for p in _photos_in(d)]
     if not files: raise InputError(folder, 'no image in this folder', f'Photos end in {", ".join(IMAGE_SUFFIXES)}.')
     found = {}
-    for p, name in tqdm(files, 'photos', disable=len(files) < 500 or not decode, leave=False):
+    for p, name in tqdm(files, 'photos', delay=2, leave=False):
         if p.stem in found: problems.add(p.stem, p, f'has the same stem as {found[p.stem][0].relative_to(folder)}', 'Results are named by the stem: rename one of them.')
         else: found[p.stem] = p, name
         with problems.catch(p.stem): (read_image if decode else image_size)(p)

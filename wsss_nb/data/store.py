@@ -89,7 +89,7 @@ def for_each(
         except InputError as e: bad.append((o.id, str(e)))
     if not todo: return sorted(bad)
     n = min(workers or os.cpu_count(), len(todo))
-    bar = tqdm(total=len(todo), desc=desc, disable=len(todo) < 20, leave=False)
+    bar = tqdm(total=len(todo), desc=desc, delay=2, leave=False)
     runs = Parallel(n_jobs=n, return_as='generator', batch_size='auto')(delayed(_guarded)(fn, o) for o in todo) if n > 1 else (_guarded(fn, o) for o in todo)
     for r in runs:
         bar.update()

@@ -164,7 +164,7 @@ def write_cams(
     "CAM of every image of a view that the store does not have yet."
     model.eval(); device = next(model.parameters()).device
     todo, bad = [o for o in view if o.id not in store], []
-    with tqdm(total=len(todo), desc='CAM', disable=len(todo) < 20, leave=False) as bar:
+    with tqdm(total=len(todo), desc='CAM', delay=2, leave=False) as bar:
         for k in range(0, len(todo), bs):
             items, arrays, broken = _read_batch(todo[k:k + bs], size)
             bad += broken

@@ -192,7 +192,7 @@ def predict_view(self: Segmenter,
     "Masks of many photos; resumes, finishes the good ones, names the bad ones."
     change = change or (lambda image, probs: probs.argmax(0).astype(np.uint8))
     todo, bad = [o for o in view if o.id not in store], []
-    with tqdm(total=len(todo), desc='predict', disable=len(todo) < 20, leave=False) as bar:
+    with tqdm(total=len(todo), desc='predict', delay=2, leave=False) as bar:
         for i in range(0, len(todo), bs):
             good, images, worse = _read_all(todo[i:i + bs])
             if good:

@@ -103,7 +103,7 @@ def predict_photos(
 # %% ../../nbs/50_study/03_photos.ipynb #c7ac5d68
 def _overlays(files, store, folder):
     "A picture with its mask in colour for each photo."
-    for p in tqdm(files, 'overlays', disable=len(files) < 20, leave=False):
+    for p in tqdm(files, 'overlays', delay=2, leave=False):
         target = folder/f'{p.stem}.jpg'
         if not target.is_file():
             with atomic(target) as tmp: Image.fromarray(overlay(read_image(p), store.load(p.stem))).save(tmp, quality=90)
