@@ -14,8 +14,9 @@ help:  ## this list
 study: $(READY)  ## the main job on the sample: tags in, masks out, a table and a picture
 	$(BIN)/wsss study
 
+# One process for each notebook: a pool of processes would wait for the idle workers that the notebooks' own parallel steps keep.
 test: $(READY)  ## every notebook as a test, then pytest
-	$(TESTING) $(BIN)/nbdev-test --n-workers 2 --do-print --timing nbs
+	find nbs -name '*.ipynb' -not -path '*/.*' | sort | $(TESTING) xargs -n 1 -P 2 $(BIN)/nbdev-test --do-print
 	$(TESTING) $(BIN)/python -m pytest -q
 
 lab: $(READY)  ## JupyterLab on the notebooks
