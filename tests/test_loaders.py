@@ -7,7 +7,7 @@ import cv2
 import numpy as np
 import pytest
 import torch
-from hypothesis import given, settings, strategies as st
+from hypothesis import example, given, settings, strategies as st
 from PIL import Image
 from torchvision.datasets import OxfordIIITPet, VOCSegmentation
 from wsss_nb.data.blocks import Augment, mask_dls, resize, tags_dls
@@ -281,6 +281,7 @@ def test_coco_json_equals_pycocotools(own, capsys):
 # --- batches
 
 @settings(max_examples=40, deadline=None)
+@example(20, (20, 20), 1.25)
 @given(st.integers(0, 10**6), st.tuples(st.integers(20, 90), st.integers(20, 90)), st.floats(.3, 1.3))
 def test_image_and_mask_get_one_geometry(seed, size, least):
     from fastai.torch_core import TensorImage, TensorMask
@@ -292,7 +293,9 @@ def test_image_and_mask_get_one_geometry(seed, size, least):
     image, mask = image[0].numpy(), mask.numpy()
     k = np.ones((2 * int(np.ceil(1 / least)) + 1,) * 2)       # linear and nearest may differ by one pixel of the source
     inside, outside = cv2.erode(mask, k) > 0, cv2.dilate(mask, k) == 0
-    assert (image[inside] > 127).all() and (image[outside] <= 127).all() and set(np.unique(mask)) <= {0, 1}
+    rim = slice(len(k) // 2, -(len(k) // 2))     # at the frame that one pixel may lie outside the picture
+    inside, outside, seen = inside[rim, rim], outside[rim, rim], image[rim, rim]
+    assert (seen[inside] > 127).all() and (seen[outside] <= 127).all() and set(np.unique(mask)) <= {0, 1}
 
 
 def test_flip_is_exact():
