@@ -6,8 +6,8 @@ Docs: https://wsss-nb.github.io/wsss_nb/50_study/main.html.md"""
 
 # %% auto #0
 __all__ = ['PROFILES', 'Settings', 'profile_settings', 'classifier_stage', 'cam_stage', 'pseudo_stage', 'read_stored',
-           'segment_stage', 'final_crf', 'predict_stage', 'Trivial', 'main_table', 'sample_pets', 'MainJob',
-           'train_from_tags', 'main_job', 'main_sheet']
+           'segment_stage', 'final_crf', 'predict_stage', 'relabel_stage', 'Trivial', 'main_table', 'sample_pets',
+           'MainJob', 'train_from_tags', 'main_job', 'main_sheet']
 
 # %% ../../nbs/50_study/02_main.ipynb #85af70d7
 import os
@@ -23,7 +23,7 @@ from ..data.store import LabelStore, MapStore
 from ..evaluate.metrics import all_foreground, centre_ellipse
 from ..evaluate.report import evaluate_predictions, picture_sheet
 from ..localize.backbones import DEFAULT_BACKBONE, stats
-from ..localize.cam import load_classifier, save_classifier, train_classifier, write_cams
+from ..localize.cam import load_classifier, save_classifier, train_classifier, train_head, write_cams
 from ..refine.crf import crf_probabilities, crf_settings, write_pseudo_masks
 from ..segment.learner import train_segmenter
 from ..segment.predict import load_segmenter, segmenter
@@ -42,6 +42,7 @@ class Settings:
     classifier_epochs: int = 5
     classifier_lr: float = 3e-3         # of the head; a tenth for the backbone
     classifier_bs: int = 16             # images per step
+    classifier_train: str = 'all'       # or 'head': the backbone stays as ImageNet left it
     cam_scales: tuple = (1., .5, 1.5, 2.)   # of the CAM, relative to `size`
     crf: dict = field(default_factory=lambda: {'method': 'crf', 'threshold': .3})   # options of `pseudo_mask`
     arch: str = 'unet'                  # any decoder of segmentation-models-pytorch
@@ -50,6 +51,8 @@ class Settings:
     segment_epochs: int = 5
     segment_bs: int = 16
     segment_lr: float = 3e-3
+    rounds: int = 1                     # networks in a row, each taught by what the one before makes of the training images
+    round_crf: str = 'deeplab'          # CRF preset applied to that; '' for none
     predict_scales: tuple = (1.,)       # of the prediction, relative to `segment_size`
     predict_crf: str = ''               # CRF preset applied to the prediction; '' for none
 
@@ -81,21 +84,22 @@ def _complain(bad, what):
     raise InputError(what, f'{len(bad)} images could not be used, the others are finished', f'Mend or remove them and run again:\n{lines}')
 
 # %% ../../nbs/50_study/02_main.ipynb #ae2a93b9
-def classifier_stage(root, view, s: Settings, say):
+def classifier_stage(root, view, s: Settings, data, say):
     "Train the CAM classifier on tags; a `Run` with `classifier.safetensors`."
-    config = _part(s, 'seed', 'backbone', 'output_stride', 'size', 'classifier_epochs', 'classifier_lr', 'classifier_bs') | {'data': data_hash(view)}
+    config = _part(s, 'seed', 'backbone', 'output_stride', 'size', 'classifier_epochs', 'classifier_lr', 'classifier_bs', 'classifier_train') | {'data': data}
     def work(run):
-        learn = train_classifier(view, s.classifier_epochs, s.classifier_lr, s.seed, run/'checkpoint.pth',
-                                 backbone=s.backbone, size=s.size, bs=s.classifier_bs, output_stride=s.output_stride)
+        options = dict(backbone=s.backbone, size=s.size, bs=s.classifier_bs, output_stride=s.output_stride)
+        if s.classifier_train == 'head': learn = train_head(view, s.classifier_epochs, s.classifier_lr, s.seed, **options)
+        else: learn = train_classifier(view, s.classifier_epochs, s.classifier_lr, s.seed, run/'checkpoint.pth', **options)
         save_classifier(learn, run.folder, dict(backbone=s.backbone, output_stride=s.output_stride, n_outputs=len(tag_names(view)), classes=tag_names(view), size=s.size))
         (run/'checkpoint.pth').unlink(missing_ok=True)
         return {'images': len(view) * s.classifier_epochs, 'epochs': s.classifier_epochs, 'train_images': len(view)}
     return run_stage(root, 'classifier', config, work, say)
 
 # %% ../../nbs/50_study/02_main.ipynb #ae2f16d6
-def cam_stage(root, view, s: Settings, classifier, say):
+def cam_stage(root, view, s: Settings, classifier, data, say):
     "CAM of the training images for their tags; a `Run` with a `MapStore` in `maps`."
-    config = _part(s, 'size', 'cam_scales') | {'classifier': classifier.hash, 'choice': 'tags', 'data': data_hash(view)}
+    config = _part(s, 'size', 'cam_scales') | {'classifier': classifier.hash, 'choice': 'tags', 'data': data}
     def work(run):
         net = load_classifier(classifier.folder)
         _complain(write_cams(net, view, MapStore(run/'maps'), s.size, s.cam_scales, mean_std=stats(s.backbone)), run.folder)
@@ -140,6 +144,20 @@ def predict_stage(root, view, s: Settings, segment, name, say):
         _complain(load_segmenter(segment/'model').predict_view(view, LabelStore(run/'masks'), scales=s.predict_scales, change=change), run.folder)
         return {'images': len(view)}
     return run_stage(root, name, _part(s, 'predict_scales', 'predict_crf') | {'segment': segment.hash, 'data': data_hash(view)}, work, say)
+
+# %% ../../nbs/50_study/02_main.ipynb #2ebd6e5e
+def _tagged(item, segment_of):
+    "Segment ids that the tags of an item allow."
+    return {segment_of[t] for t in item.tags}
+
+def relabel_stage(root, view, s: Settings, segment, say):
+    "Pseudo masks of the training images by a trained network; a `Run` with a `LabelStore` in `masks`."
+    change = partial(final_crf, preset=s.round_crf) if s.round_crf else None
+    def work(run):
+        model, only = load_segmenter(segment/'model'), partial(_tagged, segment_of=view.segment_of)
+        _complain(model.predict_view(view, LabelStore(run/'masks'), scales=s.predict_scales, change=change, only=only), run.folder)
+        return {'images': len(view)}
+    return run_stage(root, 'relabel', _part(s, 'predict_scales', 'round_crf') | {'segment': segment.hash, 'images': view.ids}, work, say)
 
 # %% ../../nbs/50_study/02_main.ipynb #3c9d23ae
 class Trivial:
@@ -197,12 +215,15 @@ class MainJob:
 def train_from_tags(root, view, s: Settings, say=print, workers=None)->dict:   # stage name → `Run`
     "Classifier, CAM, pseudo masks and segmentation network from a `tags` view."
     if not len(view): raise InputError(view.name, f'no image in split {view.split!r}', 'Training needs photos with tags.')
-    runs = {'classifier': classifier_stage(root, view, s, say)}
-    runs['cam'] = cam_stage(root, view, s, runs['classifier'], say)
-    runs['pseudo'] = pseudo_stage(root, view, s, runs['cam'], say, workers)
-    store = LabelStore(runs['pseudo']/'masks')
-    runs['segment'] = segment_stage(root, view, s, partial(read_stored, store=store), runs['pseudo'].hash, say)
-    return runs
+    data = data_hash(view)
+    runs = {'classifier': classifier_stage(root, view, s, data, say)}
+    runs['cam'] = cam_stage(root, view, s, runs['classifier'], data, say)
+    runs['pseudo'] = labels = pseudo_stage(root, view, s, runs['cam'], say, workers)
+    for k in range(1, s.rounds + 1):
+        store = LabelStore(labels/'masks')
+        net = segment_stage(root, view, s, partial(read_stored, store=store), labels.hash, say)
+        if k < s.rounds: runs[f'segment_{k}'], runs[f'relabel_{k}'] = net, (labels := relabel_stage(root, view, s, net, say))
+    return runs | {'segment': net}
 
 # %% ../../nbs/50_study/02_main.ipynb #194d2d0f
 def main_job(
@@ -224,7 +245,7 @@ def main_job(
         runs['segment_truth'] = segment_stage(root, known, s, known.read_mask, 'truth-' + data_hash(known), say, 'segment_truth')
         runs['predict_truth'] = predict_stage(root, target, s, runs['segment_truth'], 'predict_truth', say)
     results = _score(dataset, test, _named(dataset, runs, view, known), say)
-    if len(known): results += _score(dataset, train, [('pseudo masks (training images)', 'tags', LabelStore(runs['pseudo']/'masks'))], say)
+    if len(known): results += _score(dataset, train, _named_masks(runs), say)
     return _report(root, dataset, s, runs, results, test, say)
 
 # %% ../../nbs/50_study/02_main.ipynb #6d7de254
@@ -235,6 +256,12 @@ def _named(dataset, runs, view, known)->list:
            (f'{net} on pseudo masks', f'tags of {len(view)} images', LabelStore(runs['predict']/'masks'))]
     if 'predict_truth' in runs: out.append((f'{net} on true masks', f'masks of {len(known)} images', LabelStore(runs['predict_truth']/'masks')))
     return out
+
+# %% ../../nbs/50_study/02_main.ipynb #f486758b
+def _named_masks(runs)->list:
+    "What is scored on the training split: the masks that each network learned from."
+    out = [('pseudo masks (training images)', 'tags', LabelStore(runs['pseudo']/'masks'))]
+    return out + [(f'pseudo masks of round {int(k[8:]) + 1} (training images)', 'tags', LabelStore(r/'masks')) for k, r in runs.items() if k.startswith('relabel_')]
 
 # %% ../../nbs/50_study/02_main.ipynb #0c76aae7
 def _report(root, dataset, s, runs, results, test, say)->MainJob:
