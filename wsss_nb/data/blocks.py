@@ -13,7 +13,7 @@ from pathlib import Path
 
 # %% ../../nbs/00_data/06_blocks.ipynb #e586fde7
 import cv2
-import fastai.vision.data  # teaches `show_batch` to draw images
+import fastai.vision.data  # noqa: F401 - teaches `show_batch` to draw images
 import numpy as np
 import torch
 from PIL import Image

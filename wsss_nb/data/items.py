@@ -9,7 +9,7 @@ __all__ = ['VOID', 'UNLABELLED', 'IMAGE_SUFFIXES', 'ALLOWED', 'InputError', 'ato
            'read_mask', 'resize_mask', 'Box', 'Item', 'images_in', 'View', 'read_truth_index', 'Dataset']
 
 # %% ../../nbs/00_data/00_items.ipynb #d58a578f
-import os, shutil, tempfile
+import os, shutil
 from contextlib import contextmanager
 from collections.abc import Sequence
 from dataclasses import dataclass, replace

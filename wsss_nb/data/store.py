@@ -8,7 +8,7 @@ Docs: https://wsss-nb.github.io/wsss_nb/00_data/store.html.md"""
 __all__ = ['Maps', 'MapStore', 'LabelStore', 'for_each']
 
 # %% ../../nbs/00_data/07_store.ipynb #e3438ea9
-import os, tempfile
+import os
 from dataclasses import dataclass
 from pathlib import Path
 import numpy as np

@@ -8,7 +8,7 @@ Docs: https://wsss-nb.github.io/wsss_nb/10_localize/backbones.html.md"""
 __all__ = ['PACKAGED', 'DEFAULT_BACKBONE', 'package_weights', 'create_backbone', 'stats']
 
 # %% ../../nbs/10_localize/01_backbones.ipynb #8e75ad27
-import importlib, inspect
+import importlib
 from pathlib import Path
 import timm, torch
 from torch import nn

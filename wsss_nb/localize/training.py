@@ -8,11 +8,11 @@ Docs: https://wsss-nb.github.io/wsss_nb/10_localize/training.html.md"""
 __all__ = ['seed_everything', 'Reproducible', 'Resumable', 'load_checkpoint', 'fit']
 
 # %% ../../nbs/10_localize/00_training.ipynb #e00c6f7f
-import json, random
+import random
 from pathlib import Path
 import numpy as np, torch
 from fastai.callback.core import Callback
-import fastai.callback.schedule   # gives Learner its fit_one_cycle
+import fastai.callback.schedule   # noqa: F401 - gives Learner its fit_one_cycle
 from fastai.learner import Learner
 from fastai.torch_core import set_seed
 from ..data.items import InputError, atomic

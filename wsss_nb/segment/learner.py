@@ -8,11 +8,10 @@ Docs: https://wsss-nb.github.io/wsss_nb/30_segment/learner.html.md"""
 __all__ = ['CONTIGUOUS', 'encoder_split', 'FrozenEncoder', 'segment_learner', 'train_segmenter']
 
 # %% ../../nbs/30_segment/02_learner.ipynb #86f1056b
-import torch
 from torch import nn
 from fastai.callback.channelslast import ChannelsLast
 from fastai.callback.core import Callback
-import fastai.callback.fp16   # gives Learner its to_fp16
+import fastai.callback.fp16   # noqa: F401 - gives Learner its to_fp16
 from fastai.learner import Learner
 from fastai.optimizer import Adam
 from fastcore.foundation import L

@@ -9,7 +9,6 @@ __all__ = ['parser', 'main']
 
 # %% ../../nbs/50_study/04_cli.ipynb #6ac10c51
 import argparse, sys
-from pathlib import Path
 from ..data.items import InputError
 
 # %% ../../nbs/50_study/04_cli.ipynb #90882229

@@ -12,7 +12,7 @@ import shutil
 from pathlib import Path
 import numpy as np
 from tqdm import tqdm
-from ..data.items import InputError, Item, atomic, images_in, read_image
+from ..data.items import InputError, atomic, images_in, read_image
 from ..data.store import LabelStore, MapStore
 from ..evaluate.report import evaluate_predictions, overlay, picture_sheet
 from ..segment.predict import load_segmenter
