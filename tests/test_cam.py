@@ -13,7 +13,8 @@ from wsss_nb.data.sample import sample
 from wsss_nb.data.store import MapStore
 from wsss_nb.data.voc import voc
 from wsss_nb.localize import backbones
-from wsss_nb.localize.cam import CamClassifier, cam, cam_learner, load_classifier, save_classifier, write_cams
+from wsss_nb.localize.cam import (CamClassifier, cam, cam_learner, load_classifier, pooled_features, save_classifier, train_head,
+                                  write_cams)
 
 GOLDEN = Path(__file__).parent/'golden'
 
@@ -102,3 +103,33 @@ def test_edited_classifier_is_refused(tmp_path):
     assert torch.equal(load_classifier(tmp_path).head.weight, learn.model.head.weight.cpu())
     save_classifier(learn, tmp_path, config | {'n_outputs': 3})
     with pytest.raises(InputError, match='not a readable classifier'): load_classifier(tmp_path)
+
+
+def test_features_are_those_of_the_classifier():
+    "The head on the stored features gives the logits of the whole network, for the photo and for its mirror image."
+    view = pets(sample(profile='smoke')/'pets', classes=37).view('tags', 'test')
+    learn = cam_learner(view, size=96); net = learn.model.eval()
+    x = torch.cat([learn.dls.test_dl(list(view), bs=64).one_batch()[0]])
+    f = pooled_features(net.backbone, view, 96, bs=4)
+    with torch.inference_mode():
+        assert torch.allclose(net.head(f[:, 0]), net(x), atol=1e-4)
+        assert torch.allclose(net.head(f[:, 1]), net(x.flip(3)), atol=1e-4)
+
+
+@pytest.mark.parametrize('layout', ['pets', 'voc'])
+def test_only_the_head_learns(layout):
+    "Single-label and multi-label: the backbone is the untouched one, the head is not, and twice the same."
+    view = (pets(sample(profile='smoke')/'pets', classes=37) if layout == 'pets' else voc(sample(profile='smoke')/'voc/VOC2012')).view('tags', 'trainval' if layout == 'pets' else 'train')
+    learn = train_head(view, epochs=4, size=96)
+    ours, pure = learn.model.backbone.state_dict(), backbones.create_backbone(output_stride=16).state_dict()
+    assert all(torch.equal(ours[k], pure[k]) for k in pure)
+    assert learn.model.head.weight.abs().sum() > cam_learner(view, size=96).model.head.weight.abs().sum()
+    again = train_head(view, epochs=4, size=96)
+    assert torch.equal(again.model.head.weight, learn.model.head.weight)
+
+
+def test_features_name_a_broken_photo(tmp_path):
+    from dataclasses import replace
+    broken = tmp_path/'broken.jpg'; broken.write_bytes(b'no photo')
+    items = [replace(o, image=broken) for o in pets(sample(profile='smoke')/'pets', classes=37).view('tags', 'test')][:1]
+    with pytest.raises(InputError, match='broken.jpg'): pooled_features(cam_learner(pets(sample(profile='smoke')/'pets').view('tags', 'test'), size=96).model.backbone, items, 96)

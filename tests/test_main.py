@@ -98,6 +98,20 @@ def test_training_needs_no_mask(root, tmp_path, runs):
     assert a.keys() == b.keys() and all(np.allclose(a[k], b[k], atol=1e-4) for k in a)
 
 
+def test_rounds(root, tmp_path):
+    "A second round learns from the first network's masks; three rounds reuse what two have done; deleted stages come back the same."
+    view = pets(root/'pets', classes='breeds').view('tags', 'trainval')
+    s = profile_settings('smoke', classifier_train='head', rounds=2)
+    made = train_from_tags(tmp_path, view, s, say=lambda t: None)
+    assert list(made) == ['classifier', 'cam', 'pseudo', 'segment_1', 'relabel_1', 'segment']
+    assert made['segment'].config['labels'] == made['relabel_1'].hash != made['segment_1'].config['labels']
+    assert sorted(p.stem for p in (made['relabel_1']/'masks').glob('*.png')) == sorted(view.ids)
+    before = (made['segment']/'model/model.safetensors').read_bytes()
+    shutil.rmtree(made['relabel_1'].folder); shutil.rmtree(made['segment'].folder)
+    three = train_from_tags(tmp_path, view, profile_settings('smoke', classifier_train='head', rounds=3), say=lambda t: None)
+    assert three['segment_2'].folder == made['segment'].folder and (made['segment']/'model/model.safetensors').read_bytes() == before
+
+
 def test_edited_run_is_refused(runs, tmp_path):
     copy = shutil.copytree(runs, tmp_path/'runs')
     config = next(copy.glob('classifier-*/config.json'))

@@ -236,3 +236,15 @@ def test_change(model, dataset, tmp_path):
     model.predict_view(dataset.view('tags', 'test'), store, change=lambda im, p: np.where(im[..., 0] > 128, 2, 0).astype(np.uint8))
     o = dataset['8']
     assert (store.load('8') == np.where(np.array(Image.open(o.image))[..., 0] > 128, 2, 0)).all()
+
+
+def test_only_classes_that_can_occur(model, dataset, tmp_path):
+    "The absent class never wins; where it would have won, the best of the others does."
+    free, bound = LabelStore(tmp_path/'free'), LabelStore(tmp_path/'bound')
+    view = dataset.view('tags', 'test')
+    model.predict_view(view, free); model.predict_view(view, bound, only=lambda o: {1})
+    for o in view:
+        p = model.probabilities(np.array(Image.open(o.image).convert('RGB')))
+        assert (bound.load(o.id) == np.delete(p, range(2, len(p)), 0).argmax(0)).all()
+        same = free.load(o.id) <= 1
+        assert (bound.load(o.id)[same] == free.load(o.id)[same]).all()

@@ -1,5 +1,6 @@
 "Tables survive writing and reading, and say what they know."
 import json, math
+from pathlib import Path
 import numpy as np, pandas as pd, pytest
 from hypothesis import given, settings, strategies as st
 from wsss_nb.data.items import InputError
@@ -51,3 +52,14 @@ def test_edited_file_is_named(tmp_path, text):
 
 def test_interval_without_ends():
     assert format_cell(Interval(.5, math.nan, math.nan)) == '0.500'
+
+RECORDS = sorted((Path(__file__).parents[1]/'nbs/60_tables/records').glob('*/table.json'))
+
+@pytest.mark.parametrize('file', RECORDS, ids=lambda f: f.parent.name)
+def test_recorded_tables_name_their_run(file):
+    "A committed table says what ran where, and lies beside the records of the stages that made it."
+    t = Table.load(file)
+    assert t.profile and t.backbone and t.seeds and t.hardware and len(t.rows)
+    stages = json.loads((file.parent/'records.json').read_text())
+    assert stages and all(s['config_hash'] and s['wall_s'] > 0 and s['hardware'] and s['packages'] for s in stages)
+    assert all(s['commit'] for s in stages)

@@ -6,8 +6,8 @@ Docs: https://wsss-nb.github.io/wsss_nb/50_study/main.html.md"""
 
 # %% auto #0
 __all__ = ['PROFILES', 'Settings', 'profile_settings', 'classifier_stage', 'cam_stage', 'pseudo_stage', 'read_stored',
-           'segment_stage', 'final_crf', 'predict_stage', 'relabel_stage', 'Trivial', 'main_table', 'sample_pets',
-           'MainJob', 'train_from_tags', 'main_job', 'main_sheet']
+           'segment_stage', 'favour_foreground', 'final_crf', 'predict_stage', 'relabel_stage', 'Trivial', 'main_table',
+           'sample_pets', 'MainJob', 'train_from_tags', 'main_job', 'main_sheet']
 
 # %% ../../nbs/50_study/02_main.ipynb #85af70d7
 import os
@@ -24,7 +24,7 @@ from ..evaluate.metrics import all_foreground, centre_ellipse
 from ..evaluate.report import evaluate_predictions, picture_sheet
 from ..localize.backbones import DEFAULT_BACKBONE, stats
 from ..localize.cam import load_classifier, save_classifier, train_classifier, train_head, write_cams
-from ..refine.crf import crf_probabilities, crf_settings, write_pseudo_masks
+from ..refine.crf import CRFSettings, crf_probabilities, crf_settings, write_pseudo_masks
 from ..segment.learner import train_segmenter
 from ..segment.predict import load_segmenter, segmenter
 from .runs import data_hash, hardware, run_stage
@@ -52,9 +52,10 @@ class Settings:
     segment_bs: int = 16
     segment_lr: float = 3e-3
     rounds: int = 1                     # networks in a row, each taught by what the one before makes of the training images
-    round_crf: str = 'deeplab'          # CRF preset applied to that; '' for none
+    round_threshold: float = .5         # what that calls foreground: a probability from here on
+    round_crf: str|CRFSettings = 'deeplab'  # CRF applied to that, widths for a photo of 500 pixels; '' for none
     predict_scales: tuple = (1.,)       # of the prediction, relative to `segment_size`
-    predict_crf: str = ''               # CRF preset applied to the prediction; '' for none
+    predict_crf: str|CRFSettings = ''   # CRF applied to the prediction, likewise; '' for none
 
 # %% ../../nbs/50_study/02_main.ipynb #ee5311f8
 PROFILES = {
@@ -132,10 +133,19 @@ def segment_stage(root, view, s: Settings, read_label, labels, say, stage='segme
     return run_stage(root, stage, config, work, say)
 
 # %% ../../nbs/50_study/02_main.ipynb #dd5dde81
-def final_crf(image, probabilities, preset):   # uint8 H×W
+def favour_foreground(
+    probabilities,      # float (S+1)×H×W, sums to 1
+    threshold: float,   # in (0, 1); .5 changes nothing
+)->np.ndarray:          # the same shape, sums to 1
+    "Probabilities in which a single foreground class wins where it had `threshold` or more."
+    p = probabilities.copy(); p[0] *= threshold / (1 - threshold)
+    return p / p.sum(0, keepdims=True)
+
+def final_crf(image, probabilities, preset: str|CRFSettings, threshold: float = .5):   # uint8 H×W
     "Dense CRF on a prediction, its widths adapted to the size of the photo."
-    settings = crf_settings(preset).for_size(*image.shape[:2])
-    return crf_probabilities(image, probabilities, settings).argmax(0).astype(np.uint8)
+    p = probabilities if threshold == .5 else favour_foreground(probabilities, threshold)
+    if preset: p = crf_probabilities(image, p, crf_settings(preset).for_size(*image.shape[:2]))
+    return p.argmax(0).astype(np.uint8)
 
 def predict_stage(root, view, s: Settings, segment, name, say):
     "Predict every image of a view; a `Run` with a `LabelStore` in `masks`."
@@ -152,12 +162,12 @@ def _tagged(item, segment_of):
 
 def relabel_stage(root, view, s: Settings, segment, say):
     "Pseudo masks of the training images by a trained network; a `Run` with a `LabelStore` in `masks`."
-    change = partial(final_crf, preset=s.round_crf) if s.round_crf else None
+    change = partial(final_crf, preset=s.round_crf, threshold=s.round_threshold)
     def work(run):
         model, only = load_segmenter(segment/'model'), partial(_tagged, segment_of=view.segment_of)
         _complain(model.predict_view(view, LabelStore(run/'masks'), scales=s.predict_scales, change=change, only=only), run.folder)
         return {'images': len(view)}
-    return run_stage(root, 'relabel', _part(s, 'predict_scales', 'round_crf') | {'segment': segment.hash, 'images': view.ids}, work, say)
+    return run_stage(root, 'relabel', _part(s, 'predict_scales', 'round_threshold', 'round_crf') | {'segment': segment.hash, 'images': view.ids}, work, say)
 
 # %% ../../nbs/50_study/02_main.ipynb #3c9d23ae
 class Trivial:
@@ -238,7 +248,9 @@ def main_job(
 )->MainJob:
     "Image tags → classifier → CAM → dense CRF → U-Net, beside a U-Net on true masks and trivial answers."
     s = settings or profile_settings()
-    view, target, known = dataset.view('tags', train), dataset.view('tags', test), dataset.view('masks', train).with_masks()
+    view, known = dataset.view('tags', train), dataset.view('masks', train).with_masks()
+    scored = set(dataset.view('masks', test).with_masks().ids)
+    target = dataset.view('tags', test).keep(lambda o: o.id in scored)
     runs = train_from_tags(root, view, s, say, workers)
     runs['predict'] = predict_stage(root, target, s, runs['segment'], 'predict', say)
     if full_supervision and len(known):
