@@ -61,7 +61,9 @@ class Settings:
 PROFILES = {
     'smoke': Settings('smoke', size=96, segment_size=96, classifier_epochs=1, segment_epochs=1, classifier_bs=4, segment_bs=4, cam_scales=(1., 2.)),
     'sample': Settings(),
-    'full': Settings('full', backbone='tf_efficientnet_lite2', size=224, segment_size=224, classifier_epochs=4, classifier_bs=32, segment_epochs=10),
+    'full': Settings('full', backbone='tf_efficientnet_lite2', size=224, classifier_train='head', classifier_epochs=30, classifier_lr=5e-3, classifier_bs=32,
+                     cam_scales=(1., 1.5), crf={'method': 'crf', 'alpha': 8., 'settings': 'psa', 'fit_size': False},
+                     rounds=2, round_threshold=.15, round_crf=CRFSettings(6.7, 3, 134, 8, 5)),
 }
 
 def profile_settings(
