@@ -11,13 +11,13 @@ __all__ = ['RECIPES', 'last_stages', 'pool_pair', 'gathered', 'Disentangler', 'c
            'decide_polarity', 'check_positive_wsss', 'check_positive_wsol', 'train_ccam', 'ccam', 'write_ccams',
            'train_class_ccams', 'save_ccam', 'load_ccam', 'original_map', 'original_hr_map']
 
-# %% ../../nbs/10_localize/04_ccam.ipynb #7a8b2c83
+# %% ../../nbs/10_localize/04_ccam.ipynb #ee3adb86
 import copy, hashlib, json
 from dataclasses import asdict, dataclass, replace
 from functools import partial
 from pathlib import Path
 
-# %% ../../nbs/10_localize/04_ccam.ipynb #ecb51911
+# %% ../../nbs/10_localize/04_ccam.ipynb #030b3637
 import numpy as np, torch, torch.distributed as dist, torch.nn.functional as F
 from fastai.callback.schedule import ParamScheduler
 from fastai.data.block import DataBlock, TransformBlock
@@ -33,7 +33,7 @@ from torch import nn
 from torch.distributed.nn.functional import all_gather
 from tqdm import tqdm
 
-# %% ../../nbs/10_localize/04_ccam.ipynb #8e2dbf82
+# %% ../../nbs/10_localize/04_ccam.ipynb #e35e4ba6
 from ..data.blocks import Augment, image_block, resize
 from ..data.items import InputError, atomic, read_image
 from ..data.store import Maps, MapStore
@@ -41,7 +41,7 @@ from .backbones import DEFAULT_BACKBONE, create_backbone, stats
 from .cam import FeatureTable, _normalised, _read_batch, _scaled_maps, _unflip, choose_classes, normalise_maps
 from .training import fit, seed_everything
 
-# %% ../../nbs/10_localize/04_ccam.ipynb #e6dce2ea
+# %% ../../nbs/10_localize/04_ccam.ipynb #2ae4aa7e
 def last_stages(
     backbone: nn.Module,    # timm network with `forward_intermediates`
     x: torch.Tensor,        # normalised images, float32 N×3×H×W
@@ -53,7 +53,7 @@ def last_stages(
     f = torch.cat([deep, shallow], 1)
     return f.relu() if rectify else f
 
-# %% ../../nbs/10_localize/04_ccam.ipynb #3f45e6af
+# %% ../../nbs/10_localize/04_ccam.ipynb #9926c494
 def pool_pair(
     features: torch.Tensor, # N×C×h×w
     p: torch.Tensor,        # share of each place, N×1×h×w in [0, 1]
@@ -63,7 +63,7 @@ def pool_pair(
     n = f.shape[2]
     return (f @ p.mT)[..., 0] / n, (f @ (1 - p).mT)[..., 0] / n
 
-# %% ../../nbs/10_localize/04_ccam.ipynb #3255debe
+# %% ../../nbs/10_localize/04_ccam.ipynb #3b6d0149
 def gathered(
     x: torch.Tensor,    # this process's part, same shape in all processes
 )->torch.Tensor:        # parts of all processes in order of rank; `x` itself where there is one process
@@ -76,7 +76,7 @@ def _own_part(x, n):
     if len(x) == n: return x
     return x[dist.get_rank() * n:(dist.get_rank() + 1) * n]
 
-# %% ../../nbs/10_localize/04_ccam.ipynb #936652d6
+# %% ../../nbs/10_localize/04_ccam.ipynb #ce11d3c2
 class Disentangler(nn.Module):
     "The head of C2AM: one map, two descriptions."
     def __init__(self,
@@ -95,7 +95,7 @@ class Disentangler(nn.Module):
         p = self.logits(features).sigmoid()
         return *pool_pair(features, p), p
 
-# %% ../../nbs/10_localize/04_ccam.ipynb #03122f89
+# %% ../../nbs/10_localize/04_ccam.ipynb #dc7d03ac
 def cosines(
     u: torch.Tensor,    # N×C
     w: torch.Tensor,    # M×C
@@ -108,7 +108,7 @@ def cosines(
         a, b = (torch.linalg.vector_norm(v, dim=1).clamp(min=1e-12) for v in (u, w))
         return (u @ w.T / (a[:, None] * b)).clamp(low, high)
 
-# %% ../../nbs/10_localize/04_ccam.ipynb #e75a59f8
+# %% ../../nbs/10_localize/04_ccam.ipynb #e8097f97
 def rank_weights(
     s: torch.Tensor,    # similarities, float N×N
     alpha: float,       # fall of the weight with the rank; 0: all equal
@@ -122,7 +122,7 @@ def rank_weights(
     w = torch.empty_like(s).scatter_(1, order, torch.exp(-alpha * rank).expand(n, n))
     return w.fill_diagonal_(0) if mask_diagonal else w
 
-# %% ../../nbs/10_localize/04_ccam.ipynb #3fdf82cb
+# %% ../../nbs/10_localize/04_ccam.ipynb #debb1ae1
 def positive_loss(
     v: torch.Tensor,    # descriptions of N photos, N×C
     alpha: float = .25, # see `rank_weights`
@@ -140,7 +140,7 @@ def negative_loss(
     "Push the two sides apart, over all pairs of photos and within each (C2AM's SimMinLoss)."
     return -torch.log1p(-cosines(v_bg, v_fg)).mean()
 
-# %% ../../nbs/10_localize/04_ccam.ipynb #565f54ef
+# %% ../../nbs/10_localize/04_ccam.ipynb #26c8c45d
 class CCAMLoss(nn.Module):
     "Sum of the three contrasts over the whole batch of all processes."
     def __init__(self,
@@ -157,7 +157,7 @@ class CCAMLoss(nn.Module):
         pull = partial(positive_loss, alpha=self.alpha, mask_diagonal=self.mask_diagonal)
         return pull(fg) + negative_loss(bg, fg) + pull(bg)
 
-# %% ../../nbs/10_localize/04_ccam.ipynb #5528c791
+# %% ../../nbs/10_localize/04_ccam.ipynb #11be761c
 class CCAM(nn.Module):
     "Backbone and disentangler; `maps` gives logits whose positive side is the object."
     def __init__(self,
@@ -172,7 +172,7 @@ class CCAM(nn.Module):
     def features(self, x): return last_stages(self.backbone, x, self.rectify)
     def forward(self, x): return self.head(x if self.frozen else self.features(x))
 
-# %% ../../nbs/10_localize/04_ccam.ipynb #66c888f2
+# %% ../../nbs/10_localize/04_ccam.ipynb #6686fd3f
 @patch
 def train(self: CCAM, mode: bool = True):
     "Training mode; a frozen backbone stays in evaluation mode."
@@ -188,7 +188,7 @@ def maps(self: CCAM,
     if self.polarity is None: raise ValueError('which side is the object has not been decided: call decide_polarity first')
     return self.polarity.sign * self.head.logits(self.features(x))
 
-# %% ../../nbs/10_localize/04_ccam.ipynb #26868476
+# %% ../../nbs/10_localize/04_ccam.ipynb #c2fd2df9
 def create_ccam(
     backbone=DEFAULT_BACKBONE,  # timm name, or a network such as a trained classifier's backbone
     output_stride: int = 16,    # image pixels per map pixel; for a name
@@ -205,13 +205,13 @@ def create_ccam(
     if not frozen: _only_used(net, f)
     return CCAM(net, f.shape[1], frozen, rectify)
 
-# %% ../../nbs/10_localize/04_ccam.ipynb #75a2319d
+# %% ../../nbs/10_localize/04_ccam.ipynb #1a2bd644
 def _only_used(net, output):
     "No gradient for parameters that `output` does not depend on (a classifier's last layers)."
     used = [p for p in net.parameters() if p.requires_grad]
     for p, g in zip(used, torch.autograd.grad(output.sum(), used, allow_unused=True)): p.requires_grad_(g is not None)
 
-# %% ../../nbs/10_localize/04_ccam.ipynb #b1251152
+# %% ../../nbs/10_localize/04_ccam.ipynb #e7c9358a
 @dataclass(frozen=True)
 class Recipe:
     "How a CCAM network is trained."
@@ -229,7 +229,7 @@ RECIPES = {'intended': Recipe(),
            'original': Recipe(10, head_lr=1., momentum=1e-4, train_norm=False, mask_diagonal=False),    # C2AM @e6a46c9, VOC
            'original-pets': Recipe(20, head_lr=1., momentum=0., weight_decay=1e-3, power=0., train_norm=False, mask_diagonal=False, alpha=.8)}   # Ensembled-WSSS @42c52b6
 
-# %% ../../nbs/10_localize/04_ccam.ipynb #98f1953a
+# %% ../../nbs/10_localize/04_ccam.ipynb #6420cf61
 def find_recipe(
     recipe,     # a `Recipe`, or the name of one of `RECIPES`
     **changes,  # fields to replace; None keeps the recipe's own
@@ -240,7 +240,7 @@ def find_recipe(
         recipe = RECIPES[recipe]
     return replace(recipe, **{k: v for k, v in changes.items() if v is not None})
 
-# %% ../../nbs/10_localize/04_ccam.ipynb #771b7e80
+# %% ../../nbs/10_localize/04_ccam.ipynb #0c82091e
 class PolySchedule(ParamScheduler):
     "Learning rates that fall as (1 − part done)^power."
     def __init__(self,
@@ -248,7 +248,7 @@ class PolySchedule(ParamScheduler):
         power: float = .9,  # 0: constant
     ): super().__init__({'lr': lambda done: [v * (1 - done) ** power for v in lr]})
 
-# %% ../../nbs/10_localize/04_ccam.ipynb #b8e08a7d
+# %% ../../nbs/10_localize/04_ccam.ipynb #27216cc0
 def _trained(module, recipe):
     "The parameters that a recipe trains: all, or only the weights of convolutions."
     if recipe.train_norm: return [p for p in module.parameters() if p.requires_grad]
@@ -262,7 +262,7 @@ def _rates(recipe, model):
     "Starting rate of each group."
     return ([] if model.frozen else [recipe.lr]) + [recipe.lr * recipe.head_lr]
 
-# %% ../../nbs/10_localize/04_ccam.ipynb #c70c79fa
+# %% ../../nbs/10_localize/04_ccam.ipynb #587889a0
 class FeatureCache(FeatureTable):
     "Features of photos for a data loader: (features or those of the mirror image, position)."
     def __init__(self,
@@ -279,7 +279,7 @@ class FeatureCache(FeatureTable):
         where = {o: k for k, o in enumerate(self.ids)}
         return FeatureCache(self.features[[where[o] for o in ids]], ids)
 
-# %% ../../nbs/10_localize/04_ccam.ipynb #5d6e8216
+# %% ../../nbs/10_localize/04_ccam.ipynb #86516f1e
 @torch.inference_mode()
 def _feature_batches(net, items, size, bs, mean_std, mirror):
     "Features of a few photos at a time, float32 n×V×C×h×w."
@@ -297,7 +297,7 @@ def _collect(batches, n, dtype, file=None):
         out[k:k + len(b)] = b; k += len(b)
     return out
 
-# %% ../../nbs/10_localize/04_ccam.ipynb #fffe495c
+# %% ../../nbs/10_localize/04_ccam.ipynb #06540a5a
 def _cache_note(net, items, size, mean_std, mirror, dtype):
     "What determines a table of features, as plain JSON."
     weights = hashlib.sha256()
@@ -313,7 +313,7 @@ def _load_cache(path, note):
     if found != note or len(f) != len(note['images']): raise InputError(path, 'holds features of other images, settings or weights', 'Delete the folder, or give another one.')
     return FeatureCache(torch.from_numpy(f), [i for i, _ in note['images']])
 
-# %% ../../nbs/10_localize/04_ccam.ipynb #56f08590
+# %% ../../nbs/10_localize/04_ccam.ipynb #f9b41e31
 def cache_features(
     net: CCAM,          # its backbone is used
     view,               # `View` or `Item`s; needs no tags
@@ -336,7 +336,7 @@ def cache_features(
         (tmp/'features.json').write_text(json.dumps(note))
     return _load_cache(path, note)
 
-# %% ../../nbs/10_localize/04_ccam.ipynb #630ee28f
+# %% ../../nbs/10_localize/04_ccam.ipynb #5fe32f4e
 def _feature_dls(cache, bs):
     "Batches of features; nothing held out."
     n = min(bs, len(cache))
@@ -350,7 +350,7 @@ def _image_dls(view, size, bs, mean_std, augment):
                       item_tfms=[] if augment is False else [Augment() if augment is True else augment], batch_tfms=Normalize.from_stats(*mean_std))
     return block.dataloaders(items, bs=min(bs, len(items)), num_workers=0)
 
-# %% ../../nbs/10_localize/04_ccam.ipynb #ae6c20b7
+# %% ../../nbs/10_localize/04_ccam.ipynb #635e2f78
 def _stats_of(backbone):
     "Mean and standard deviation of a backbone given by name or as a timm network."
     if isinstance(backbone, str): return stats(backbone)
@@ -362,7 +362,7 @@ def _learner(net, dls, recipe):
     opt = partial(SGD, mom=recipe.momentum, decouple_wd=False)
     return Learner(dls, net, CCAMLoss(recipe.alpha, recipe.mask_diagonal), opt_func=opt, splitter=partial(_groups, recipe), lr=_rates(recipe, net))
 
-# %% ../../nbs/10_localize/04_ccam.ipynb #95e90bce
+# %% ../../nbs/10_localize/04_ccam.ipynb #22fbfe65
 def ccam_learner(
     view,                       # `View`; its tags are not read
     backbone=DEFAULT_BACKBONE,  # timm name, or a network such as a trained classifier's backbone
@@ -388,7 +388,7 @@ def ccam_learner(
     learn.source, learn.recipe = dict(images=cache if frozen else view, size=size, mean_std=mean_std), recipe
     return learn
 
-# %% ../../nbs/10_localize/04_ccam.ipynb #73ae6c29
+# %% ../../nbs/10_localize/04_ccam.ipynb #2011a934
 def _frame(p, width):
     "Mean over the outer `width` places, float N."
     inner = p[..., width:-width, width:-width]
@@ -407,7 +407,7 @@ def frame_cue(
     "One half minus the mean of P over the frame."
     return .5 - _frame(p, max(1, min(p.shape[2:]) // 8))
 
-# %% ../../nbs/10_localize/04_ccam.ipynb #d05352c4
+# %% ../../nbs/10_localize/04_ccam.ipynb #68737e67
 def cam_cue(
     p: torch.Tensor,    # N×1×h×w in [0, 1]
     maps,               # `Maps` of the same images
@@ -418,7 +418,7 @@ def cam_cue(
     a, b = (v.flatten(1) - v.flatten(1).mean(1, keepdim=True) for v in (p, cams))
     return (a * b).sum(1) / (a.norm(dim=1) * b.norm(dim=1)).clamp(min=1e-12)
 
-# %% ../../nbs/10_localize/04_ccam.ipynb #1146f583
+# %% ../../nbs/10_localize/04_ccam.ipynb #c9229a91
 @dataclass(frozen=True)
 class Polarity:
     "Which side is the object, and how sure that is."
@@ -428,7 +428,7 @@ class Polarity:
     rule: str       # 'centre', 'frame' or 'cam'
     n: int          # images
 
-# %% ../../nbs/10_localize/04_ccam.ipynb #80137584
+# %% ../../nbs/10_localize/04_ccam.ipynb #fa582713
 @torch.inference_mode()
 def training_maps(
     net: CCAM,          # a trained network
@@ -447,7 +447,7 @@ def training_maps(
         part, arrays, _ = _read_batch(items[k:k + bs], size)
         if part: yield [o.id for o in part], net.head(net.features(_normalised(arrays, mean_std).to(device)))[2].cpu()
 
-# %% ../../nbs/10_localize/04_ccam.ipynb #da3129f9
+# %% ../../nbs/10_localize/04_ccam.ipynb #cb2c96dd
 def decide_polarity(
     net: CCAM,          # a trained network; gets `.polarity`
     images,             # its training images: `FeatureCache` or `View`
@@ -465,7 +465,7 @@ def decide_polarity(
     net.polarity = Polarity(sign, c.mean().item(), (c * sign > 0).double().mean().item(), rule, len(c))
     return net.polarity
 
-# %% ../../nbs/10_localize/04_ccam.ipynb #40cb0f7d
+# %% ../../nbs/10_localize/04_ccam.ipynb #862d7693
 def check_positive_wsss(
     p: torch.Tensor,    # a batch of maps, N×1×h×w in [0, 1]
     width: int = 4,     # of the frame, places
@@ -480,7 +480,7 @@ def check_positive_wsol(
     "C2AM's polarity test for localisation: the outermost places of the first map above ½ (the original also overwrites its input)."
     return check_positive_wsss((p[:1] > .5).float(), 1)
 
-# %% ../../nbs/10_localize/04_ccam.ipynb #51710ef5
+# %% ../../nbs/10_localize/04_ccam.ipynb #b818c01e
 def train_ccam(
     view,                   # `View`; its tags are not read
     epochs: int|None = None,    # in place of the recipe's
@@ -498,7 +498,7 @@ def train_ccam(
     decide_polarity(learn.model, rule=rule, cams=cams, **learn.source)
     return learn
 
-# %% ../../nbs/10_localize/04_ccam.ipynb #39d24b58
+# %% ../../nbs/10_localize/04_ccam.ipynb #4a736df4
 @torch.inference_mode()
 def ccam(
     model: CCAM,        # trained, polarity decided, in eval mode
@@ -515,7 +515,7 @@ def ccam(
     total = sum(F.interpolate(_unflip(m, len(views)), size=size, mode='bilinear', align_corners=False) for m in raw)
     return normalise_maps(total) if form == 'relu' else total / (len(scales) * len(views))
 
-# %% ../../nbs/10_localize/04_ccam.ipynb #7ad9794c
+# %% ../../nbs/10_localize/04_ccam.ipynb #607e049e
 def _chosen(nets, items, x, view, choice, classifier):
     "Tag ids whose maps are wanted, a list for each image; `ValueError` for one that has no network."
     if choice == 'predicted' and classifier is None: raise ValueError("choice='predicted' needs a classifier")
@@ -533,7 +533,7 @@ def _class_maps(nets, x, keys, **kwargs):
         for i, m in zip(rows, ccam(nets[c], x[rows], **kwargs)): out[i][keys[i].index(c)] = m[0].cpu().numpy()
     return out
 
-# %% ../../nbs/10_localize/04_ccam.ipynb #5b5848ba
+# %% ../../nbs/10_localize/04_ccam.ipynb #ab4f0c93
 @torch.inference_mode()
 def write_ccams(
     model,                  # a `CCAM`, or one for each class: {tag id: `CCAM`}
@@ -564,7 +564,7 @@ def write_ccams(
         for o, ks, m in zip(items, keys, maps): store.save(o.id, Maps(ks, np.array(m) if m else np.zeros((0, 1, 1))))
     return bad
 
-# %% ../../nbs/10_localize/04_ccam.ipynb #68d47720
+# %% ../../nbs/10_localize/04_ccam.ipynb #5e6e30f4
 def train_class_ccams(
     view,                       # `View` with tags
     classes=None,               # tag ids; all that occur by default
@@ -586,7 +586,7 @@ def train_class_ccams(
         nets[c] = train_ccam(own, backbone=backbone, frozen=frozen, cache=table, path=path and f'{path}/{c}.pth', **kwargs).model
     return nets
 
-# %% ../../nbs/10_localize/04_ccam.ipynb #ce29cb82
+# %% ../../nbs/10_localize/04_ccam.ipynb #19c3ec55
 def save_ccam(
     model,          # a `CCAM` or {tag id: `CCAM`}, polarity decided
     folder,         # gets `ccam.safetensors` and `ccam.json`
@@ -603,7 +603,7 @@ def save_ccam(
     with atomic(f'{folder}/ccam.safetensors') as tmp: save_file({k: v.cpu().contiguous() for k, v in tensors.items()}, tmp)
     with atomic(f'{folder}/ccam.json') as tmp: tmp.write_text(json.dumps(note, indent=1))
 
-# %% ../../nbs/10_localize/04_ccam.ipynb #872ca1a7
+# %% ../../nbs/10_localize/04_ccam.ipynb #98c9fe77
 def _part(tensors, prefix): return {k[len(prefix):]: v for k, v in tensors.items() if k.startswith(prefix)}
 
 def _restore(c, tensors, key, backbone=None):
@@ -617,7 +617,7 @@ def _restore(c, tensors, key, backbone=None):
     if net.polarity.sign not in (1, -1): raise ValueError('a polarity is 1 or -1')
     return net.eval()
 
-# %% ../../nbs/10_localize/04_ccam.ipynb #7a7da3e8
+# %% ../../nbs/10_localize/04_ccam.ipynb #a6d1447a
 def load_ccam(
     folder,     # written by `save_ccam`
 ):              # `CCAM` or {tag id: `CCAM`}, in eval mode
@@ -629,7 +629,7 @@ def load_ccam(
     except Exception as e:
         raise InputError(folder, f'not a readable CCAM network ({str(e).splitlines()[0] if str(e) else type(e).__name__})', 'Delete the folder and train again.') from e
 
-# %% ../../nbs/10_localize/04_ccam.ipynb #a6d089cb
+# %% ../../nbs/10_localize/04_ccam.ipynb #3c9b2ff4
 @torch.inference_mode()
 def original_map(
     model: CCAM,        # its polarity is not used
@@ -643,7 +643,7 @@ def original_map(
     r = r[0] + r[1].flip(2)
     return 1 - r if r[0][[0, 0, -1, -1], [0, -1, 0, -1]].mean() > .5 else r
 
-# %% ../../nbs/10_localize/04_ccam.ipynb #4b6a1ddf
+# %% ../../nbs/10_localize/04_ccam.ipynb #646cefde
 def original_hr_map(
     model: CCAM,        # its polarity is not used
     x: torch.Tensor,    # one normalised image, 1×3×H×W
