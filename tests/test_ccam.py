@@ -14,7 +14,6 @@ from fastai.callback.core import Callback
 from fastai.callback.progress import ProgressCallback
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
-from fastai.optimizer import SGD
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
@@ -209,7 +208,8 @@ def test_poly_optimizer():
         traj, lrs, mom = z[f'{name}_traj'], z[f'{name}_lrs'], float(z[f'{name}_group_momentum'][0])
         assert mom == float(z[f'{name}_group_wd'][0]) and find_recipe('original').momentum == find_recipe('original').weight_decay
         p = [nn.Parameter(torch.tensor(v)) for v in traj[0]]
-        opt = SGD([[p[0]], [p[1]]], lr=.1, mom=mom, decouple_wd=False)
+        learn = module._learner(head_for(0), DataLoaders(DataLoader([], bs=1), DataLoader([], bs=1)), find_recipe('original', momentum=mom))
+        opt = learn.opt_func([[p[0]], [p[1]]], lr=.1)
         opt.set_hypers(wd=z[f'{name}_group_wd'][:2].tolist())
         schedule = PolySchedule([.1, .2])
         schedule.opt = opt
@@ -451,6 +451,7 @@ def test_what_moves(view, frozen):
         moved = {k for k, v in learn.model.named_parameters() if not torch.equal(v, before[k])}
         assert 'head.conv.weight' in moved and ('head.norm.weight' in moved) == (recipe == 'intended')
         assert any(k.startswith('backbone') for k in moved) == (not frozen)
+        assert learn.model.train().backbone.training == (not frozen) and learn.model.head.training
         if recipe == 'original': assert not any('bn' in k or 'norm' in k for k in moved)
 
 
