@@ -18,7 +18,7 @@ from wsss_nb.data.voc import voc
 from wsss_nb.localize.backbones import create_backbone
 from wsss_nb.localize.cam import CamClassifier, cam, cam_learner, write_cams
 from wsss_nb.localize.ecs import (ECS, FILLS, KeepingClassifier, blur, ecs_cam, ecs_learner, ecs_map_loss, ecs_target, erase,
-                                  original_ecs_cam, pixel_labels, present_classes, score_map, second_look, train_ecs_classifier,
+                                  original_ecs_cam, pixel_labels, present_classes, score_map, second_look,
                                   write_ecs_cams)
 from wsss_nb.localize.training import fit
 
