@@ -18,7 +18,7 @@ from wsss_nb.data.voc import voc
 from wsss_nb.localize.backbones import create_backbone
 from wsss_nb.localize.cam import CamClassifier, cam, cam_learner, write_cams
 from wsss_nb.localize.ecs import (ECS, FILLS, KeepingClassifier, blur, ecs_cam, ecs_learner, ecs_map_loss, ecs_target, erase,
-                                  original_ecs_cam, pixel_labels, present_classes, score_map, second_look,
+                                  original_ecs_cam, pixel_labels, present_classes, score_map, second_look, train_ecs_classifier,
                                   write_ecs_cams)
 from wsss_nb.localize.training import fit
 
@@ -360,3 +360,12 @@ def test_masks_are_not_needed(tmp_path):
     learn = ecs_learner(view, size=64, bs=4, pretrained=False)
     with learn.no_bar(), learn.no_logging(): learn.fit(1)
     assert write_ecs_cams(learn.model, view, MapStore(tmp_path/'maps'), size=64, scales=(1.,)) == []
+
+
+def test_train_ecs_classifier_is_the_learner_fitted():
+    view, kw = VIEWS['single-label'](), dict(size=64, bs=4, theta=.3, start=0.)
+    learn = train_ecs_classifier(view, 1, 1e-2, seed=2, pretrained=False, **kw)
+    other = ecs_learner(view, seed=2, pretrained=False, **kw)
+    with other.no_bar(), other.no_logging(): fit(other, 1, slice(1e-3, 1e-2), seed=2)
+    assert all(torch.equal(a, b) for a, b in zip(learn.model.state_dict().values(), other.model.state_dict().values()))
+    assert learn.model.features is None

@@ -9,7 +9,7 @@ __all__ = ['FILLS', 'AXES', 'blur', 'erase', 'score_map', 'enlarge', 'Look', 'se
            'write_ecs_cams', 'KeepingClassifier', 'evaluating', 'min_max', 'ECS', 'present_classes', 'pixel_labels',
            'ecs_learner', 'train_ecs_classifier', 'ecs_target', 'ecs_map_loss', 'eight_bit', 'original_ecs_cam']
 
-# %% ../../nbs/10_localize/03_ecs.ipynb #c9e6ba0b
+# %% ../../nbs/10_localize/03_ecs.ipynb #8f6e2f63
 import math
 from contextlib import contextmanager
 from functools import partial
@@ -27,7 +27,7 @@ from .backbones import stats
 from .cam import CamClassifier, _normalised, _read_batch, cam, cam_learner, choose_classes, normalise_maps
 from .training import fit
 
-# %% ../../nbs/10_localize/03_ecs.ipynb #c2a004e6
+# %% ../../nbs/10_localize/03_ecs.ipynb #e54da26c
 def blur(
     images: torch.Tensor,   # float N×3×H×W
     strength: float,        # standard deviation, part of the shorter side, ≥ 0
@@ -39,14 +39,14 @@ def blur(
     kx, ky = (2 * min(math.ceil(4 * sigma), n - 1) + 1 for n in (w, h))
     return gaussian_blur(gaussian_blur(images, [kx, 1], [sigma] * 2), [1, ky], [sigma] * 2)
 
-# %% ../../nbs/10_localize/03_ecs.ipynb #8860c3b0
+# %% ../../nbs/10_localize/03_ecs.ipynb #f966c962
 FILLS = {
     'blur': blur,
     'mean': lambda images, strength: images.mean((-2, -1), keepdim=True).expand_as(images),
     'zero': lambda images, strength: torch.zeros_like(images),
 }
 
-# %% ../../nbs/10_localize/03_ecs.ipynb #ad203578
+# %% ../../nbs/10_localize/03_ecs.ipynb #587a123d
 def erase(
     images: torch.Tensor,   # normalised images, float N×3×H×W
     region: torch.Tensor,   # bool N×1×H×W, or N×H×W: what is erased
@@ -61,7 +61,7 @@ def erase(
     if not isinstance(strength, (int, float)): strength = torch.empty(1).uniform_(*strength).item()
     return torch.where(region, FILLS[fill](images, strength), images)
 
-# %% ../../nbs/10_localize/03_ecs.ipynb #3ad7bc2a
+# %% ../../nbs/10_localize/03_ecs.ipynb #7e22e3d4
 AXES = 'classes', 'rows'
 
 def score_map(
@@ -81,7 +81,7 @@ def enlarge(
     "Bilinear, pixel centres aligned."
     return maps if tuple(maps.shape[-2:]) == tuple(size) else F.interpolate(maps, size=tuple(size), mode='bilinear', align_corners=False)
 
-# %% ../../nbs/10_localize/03_ecs.ipynb #4660cadb
+# %% ../../nbs/10_localize/03_ecs.ipynb #78178905
 class Look(NamedTuple):
     "A second look at a batch of images."
     region: torch.Tensor    # bool N×1×H×W: what was erased
@@ -89,7 +89,7 @@ class Look(NamedTuple):
     again: torch.Tensor     # maps of the erased images, N×C×h×w
     reliable: torch.Tensor  # bool N×1×h×w: strong in the second look and not erased
 
-# %% ../../nbs/10_localize/03_ecs.ipynb #3f24a122
+# %% ../../nbs/10_localize/03_ecs.ipynb #03860ee1
 def second_look(
     images: torch.Tensor,   # normalised, float N×3×H×W
     maps: torch.Tensor,     # their normalised maps, N×C×h×w
@@ -107,7 +107,7 @@ def second_look(
     again = look(erased)
     return Look(region, erased, again, (score_map(again, present, axis) > theta) & ~(score > delta))
 
-# %% ../../nbs/10_localize/03_ecs.ipynb #3a705b7b
+# %% ../../nbs/10_localize/03_ecs.ipynb #4f53f829
 @torch.inference_mode()
 def ecs_cam(
     model: CamClassifier,   # trained classifier, in eval mode
@@ -136,7 +136,7 @@ def predicted(
     "The most probable class of each image as a row of flags."
     return F.one_hot(logits.argmax(1), logits.shape[1]).bool()
 
-# %% ../../nbs/10_localize/03_ecs.ipynb #9bd813cb
+# %% ../../nbs/10_localize/03_ecs.ipynb #fb14d710
 def write_ecs_cams(
     model: CamClassifier,   # trained classifier
     view,                   # `View`
@@ -159,7 +159,7 @@ def write_ecs_cams(
             bar.update(len(items) + len(broken))
     return bad
 
-# %% ../../nbs/10_localize/03_ecs.ipynb #ba4b5dcd
+# %% ../../nbs/10_localize/03_ecs.ipynb #2aada700
 def _write_batch(model, items, images, view, store, choice, scales, flip, options):
     "Maps of one batch into the store."
     keys = []
@@ -171,7 +171,7 @@ def _write_batch(model, items, images, view, store, choice, scales, flip, option
     maps = ecs_cam(model, images.to(next(model.parameters()).device), present, scales, flip, **options)[0].cpu().numpy()
     for o, k, m in zip(items, keys, maps): store.save(o.id, Maps(k, m[[c - 1 for c in k]]))
 
-# %% ../../nbs/10_localize/03_ecs.ipynb #f867e5a0
+# %% ../../nbs/10_localize/03_ecs.ipynb #b25f719c
 class KeepingClassifier(CamClassifier):
     "The same classifier (shared weights), which keeps the features of its last training batch in `features`."
     def __init__(self,
@@ -184,7 +184,7 @@ class KeepingClassifier(CamClassifier):
         if self.training: self.features = f
         return self.head(f.mean((2, 3)))
 
-# %% ../../nbs/10_localize/03_ecs.ipynb #3bce8b1c
+# %% ../../nbs/10_localize/03_ecs.ipynb #0a4c657c
 @contextmanager
 def evaluating(model: nn.Module):
     "Evaluation mode without gradients; every module's mode is put back afterwards."
@@ -202,7 +202,7 @@ def min_max(
     maps = maps.relu()
     return normalise_maps(maps - maps.amin((-2, -1), keepdim=True))
 
-# %% ../../nbs/10_localize/03_ecs.ipynb #482bb526
+# %% ../../nbs/10_localize/03_ecs.ipynb #52d3930d
 class ECS(Callback):
     "Adds to the loss the cross-entropy of the map with what a second look finds reliable (our reading of ECS-Net)."
     def __init__(self,
@@ -222,7 +222,7 @@ class ECS(Callback):
         self.learn.loss = self.loss_grad.detach().clone()
     def after_batch(self): self.model.features = None
 
-# %% ../../nbs/10_localize/03_ecs.ipynb #73aeecb6
+# %% ../../nbs/10_localize/03_ecs.ipynb #e850de21
 def present_classes(
     y: torch.Tensor,    # class numbers from 0, int64 N, or one 0/1 per class, float N×C
     n_outputs: int,     # C
@@ -232,7 +232,7 @@ def present_classes(
     flags = F.one_hot(y.as_subclass(torch.Tensor), n_outputs).bool() if y.ndim == 1 else y.as_subclass(torch.Tensor) > .5
     return flags & (torch.arange(n_outputs, device=y.device) < n_classes)
 
-# %% ../../nbs/10_localize/03_ecs.ipynb #fb6b1758
+# %% ../../nbs/10_localize/03_ecs.ipynb #060786c9
 def pixel_labels(
     model: CamClassifier,   # looks again, in evaluation mode
     images: torch.Tensor,   # normalised, float N×3×H×W
@@ -245,7 +245,7 @@ def pixel_labels(
     best = torch.where(present[:, :, None, None], seen.again, -1.).argmax(1)
     return torch.where(seen.reliable[:, 0], best, -100)
 
-# %% ../../nbs/10_localize/03_ecs.ipynb #686600cd
+# %% ../../nbs/10_localize/03_ecs.ipynb #d4c5328f
 @patch
 def pixel_loss(self: ECS, x, y):
     "Cross-entropy of the batch's maps on the reliable places; zero when there are none."
@@ -256,7 +256,7 @@ def pixel_loss(self: ECS, x, y):
     scores = m + net.head.bias[:, None, None]
     return F.cross_entropy(scores, label, reduction='sum') / (label >= 0).sum().clamp(min=1)
 
-# %% ../../nbs/10_localize/03_ecs.ipynb #e8e59e8c
+# %% ../../nbs/10_localize/03_ecs.ipynb #de7eef31
 def ecs_learner(
     view,                       # `View` with tags, single-label or multi-label
     delta: float = .5,          # see `ECS`
@@ -272,7 +272,7 @@ def ecs_learner(
     learn.model = KeepingClassifier(learn.model)
     return learn.add_cb(ECS(len(view.classes), delta, theta, weight, start, fill, strength))
 
-# %% ../../nbs/10_localize/03_ecs.ipynb #34e0232f
+# %% ../../nbs/10_localize/03_ecs.ipynb #2071a6e6
 def train_ecs_classifier(
     view,                   # `View` with tags
     epochs: int = 3,        # passes over the view
@@ -284,7 +284,7 @@ def train_ecs_classifier(
     "Train a CAM classifier with a second look; resumes from `path` when it was interrupted."
     return fit(ecs_learner(view, seed=seed, **kwargs), epochs, slice(lr / 10, lr), seed=seed, path=path)
 
-# %% ../../nbs/10_localize/03_ecs.ipynb #f171272c
+# %% ../../nbs/10_localize/03_ecs.ipynb #23b82d8c
 @torch.no_grad()
 def ecs_target(
     model,                  # classifier with `.maps(x)` → maps N×C×h×w, logits N×C; its mode is left as it is
@@ -311,7 +311,7 @@ def ecs_map_loss(
     if p.shape != target.shape: raise ValueError(f'the map is {tuple(p.shape)}, its target {tuple(target.shape)}')
     return F.mse_loss(p, target)
 
-# %% ../../nbs/10_localize/03_ecs.ipynb #a304c99b
+# %% ../../nbs/10_localize/03_ecs.ipynb #f25aa6a2
 def eight_bit(
     images: torch.Tensor,   # normalised, float N×3×H×W
     mean_std,               # of the normalisation
@@ -323,7 +323,7 @@ def eight_bit(
     soft = [np.array(Image.fromarray(b).filter(ImageFilter.GaussianBlur(radius))) for b in levels]
     return _normalised(soft, mean_std).to(images)
 
-# %% ../../nbs/10_localize/03_ecs.ipynb #04f0613c
+# %% ../../nbs/10_localize/03_ecs.ipynb #8a8ba44e
 @torch.inference_mode()
 def original_ecs_cam(
     model: CamClassifier,   # trained classifier, in eval mode

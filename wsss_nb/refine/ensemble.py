@@ -8,7 +8,7 @@ Docs: https://wsss-nb.github.io/wsss_nb/20_refine/ensemble.html.md"""
 __all__ = ['ANY', 'WAYS', 'member_keys', 'aligned', 'shares', 'ensemble_maps', 'member_labels', 'agreement', 'write_ensemble',
            'write_agreement']
 
-# %% ../../nbs/20_refine/06_ensemble.ipynb #670c3160
+# %% ../../nbs/20_refine/06_ensemble.ipynb #0d2949a8
 from functools import partial
 import cv2, numpy as np
 from ..data.items import VOID, InputError
@@ -16,7 +16,7 @@ from ..data.pets import image_size
 from ..data.store import LabelStore, Maps, MapStore, for_each
 from .crf import segment_labels, segment_maps, with_background
 
-# %% ../../nbs/20_refine/06_ensemble.ipynb #6b57d65c
+# %% ../../nbs/20_refine/06_ensemble.ipynb #51367f4e
 ANY = 0     # key of a class-agnostic map
 
 def member_keys(
@@ -26,7 +26,7 @@ def member_keys(
     "The classes that an ensemble speaks of: those its members name, else the tags."
     return sorted({int(k) for m in members for k in m.keys if k != ANY}) or sorted(tags)
 
-# %% ../../nbs/20_refine/06_ensemble.ipynb #36ebc3f7
+# %% ../../nbs/20_refine/06_ensemble.ipynb #a89b25b0
 def aligned(
     members,        # `Maps` of one image, of any sizes and keys
     keys,           # tag ids wanted
@@ -41,7 +41,7 @@ def aligned(
             if i is not None: row[:] = cv2.resize(m.values[i], size[::-1], interpolation=cv2.INTER_LINEAR)
     return np.clip(out, 0, 1)
 
-# %% ../../nbs/20_refine/06_ensemble.ipynb #76487743
+# %% ../../nbs/20_refine/06_ensemble.ipynb #dfdd1c1d
 def _mean(v, a): return np.tensordot(a, v, 1)
 def _product(v, a): return np.exp(np.tensordot(a, np.log(np.maximum(v, 1e-12)), 1)) * (v[a > 0] > 0).all(0)
 def _max(v, a): return v[a > 0].max(0)
@@ -58,7 +58,7 @@ def shares(
         raise ValueError(f'{n} members need {n} weights ≥ 0 that are not all 0, not {weights}')
     return a / a.sum()
 
-# %% ../../nbs/20_refine/06_ensemble.ipynb #c47aad20
+# %% ../../nbs/20_refine/06_ensemble.ipynb #0e63f2cf
 def ensemble_maps(
     members,                # `Maps` of one image, two or more, of any sizes and keys
     how: str = 'mean',      # 'mean', 'product' (geometric mean) or 'max'
@@ -74,7 +74,7 @@ def ensemble_maps(
     if normalise: v = v / np.maximum(v.max((2, 3), keepdims=True, initial=0), 1e-5)
     return Maps(keys, np.clip(WAYS[how](v, a), 0, 1))
 
-# %% ../../nbs/20_refine/06_ensemble.ipynb #21026c8e
+# %% ../../nbs/20_refine/06_ensemble.ipynb #c2d01a76
 def member_labels(maps, segment_of, size, threshold):
     "Label map of one class-specific member: uint8 H×W in segment ids."
     m = segment_maps(maps, segment_of, size)
@@ -97,7 +97,7 @@ def agreement(
     same = [(v > 0) == (first > 0) if g else v == first for v, g in zip(votes, general)]
     return np.where(np.all(same, 0), first, VOID).astype(np.uint8)
 
-# %% ../../nbs/20_refine/06_ensemble.ipynb #179e4116
+# %% ../../nbs/20_refine/06_ensemble.ipynb #d6e5e3ba
 def _one(item, stores, out, join):
     "Join the maps of one item and save the result."
     try: result = join([s.load(item.id) for s in stores], item)
@@ -109,7 +109,7 @@ def _joined(members, item, **options): return ensemble_maps(members, tags=item.t
 def _agreed(members, item, segment_of, thresholds):
     return agreement(members, segment_of, image_size(item.image)[::-1], thresholds, item.tags or ())
 
-# %% ../../nbs/20_refine/06_ensemble.ipynb #8d9a0c64
+# %% ../../nbs/20_refine/06_ensemble.ipynb #36f7fa55
 def write_ensemble(
     view,       # items; class-agnostic maps take their tags where no member names a class
     stores,     # `MapStore`s of the members
