@@ -76,11 +76,13 @@ def fit(
     wd: float = 0.01,       # weight decay
     path=None,              # checkpoint file; resumes from it when it exists
     pct_start: float = 0.25,    # part of the schedule in which the rate rises
+    schedule=None,          # `ParamScheduler` in place of the one cycle
 )->Learner:
-    "One-cycle training, reproducible and resumable."
+    "Training with one cycle or another schedule, reproducible and resumable."
     learn.remove_cbs([cb for cb in learn.cbs if isinstance(cb, (Reproducible, Resumable))])
     cbs = [Reproducible(seed)] + ([Resumable(path)] if path is not None else [])
     if len(learn.dls.loaders) < 2 or not len(learn.dls.valid.dataset): learn.recorder.valid_metrics, learn.metrics = False, []   # no empty columns
     start = load_checkpoint(learn, path) if path is not None and Path(path).is_file() else 0
-    if start < epochs: learn.fit_one_cycle(epochs, lr, wd=wd, pct_start=pct_start, cbs=cbs, start_epoch=start)
+    if start < epochs and schedule is None: learn.fit_one_cycle(epochs, lr, wd=wd, pct_start=pct_start, cbs=cbs, start_epoch=start)
+    elif start < epochs: learn.fit(epochs, lr, wd=wd, cbs=cbs + [schedule], start_epoch=start)
     return learn
