@@ -60,14 +60,19 @@ def near_link(found, folder, labels):
     "A relative link to a notebook or to its page, read in `folder` below nbs/ -> the same kind of reference."
     page, anchor = page_of(Path(normpath(f'{folder}/{found.group(1)}'))), found.group(2)
     if anchor and label(page, anchor) in labels: return f'](#{label(page, anchor)})'
-    return f'](/{page}.ipynb' + (f'#{anchor.lower()})' if anchor else ')')
+    return f'](/{page}.ipynb' + (f'#{heading_anchor(anchor)})' if anchor else ')')
+
+
+def heading_anchor(anchor):
+    "The anchor of a heading as Jupyter writes it -> as Sphinx names it: small letters, no punctuation."
+    return re.sub(r'[^\w-]', '', anchor.lower())
 
 
 def relink(text, folder, labels):
     "All links of a Markdown text; headings are named in small letters."
     text = re.sub(rf'\]\({re.escape(SITE)}/([\w/.-]+?)\.html(?:#([\w.]+))?\)', lambda m: doc_link(m, labels), text)
     text = re.sub(r'\]\((?!\w+:|/|#)([^)\s]+?\.(?:ipynb|html))(?:#([^)]*))?\)', lambda m: near_link(m, folder, labels), text)
-    return re.sub(r'\]\(#([^)]+)\)', lambda m: f'](#{m.group(1).lower()})', text)
+    return re.sub(r'\]\(#([^)]+)\)', lambda m: f'](#{heading_anchor(m.group(1))})', text)
 
 
 # Cells

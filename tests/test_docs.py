@@ -144,6 +144,12 @@ def test_a_broken_link_fails_the_build(tmp_path):
     assert done.returncode != 0 and '00_data/gone' in done.stderr
 
 
+def test_links_to_headings_with_punctuation():
+    "Jupyter keeps the question mark of a heading in its anchor, Sphinx does not."
+    text = site_builder.relink('[a](#Which-side?) [b](../00_data/00_items.ipynb#Why,-and-how?)', '10_localize', {})
+    assert text == '[a](#which-side) [b](/00_data/items.ipynb#why-and-how)'
+
+
 # In the browser
 
 @pytest.fixture
