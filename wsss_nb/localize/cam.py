@@ -78,10 +78,11 @@ def train_classifier(
     lr: float = 3e-3,       # highest rate of the head; the backbone's is a tenth
     seed: int = 0,          # with the configuration, determines the result
     path=None,              # checkpoint: resumes from it
-    **kwargs,               # of `cam_learner`
+    learner=cam_learner,    # makes the learner, of a view and a seed
+    **kwargs,               # of `learner`
 )->Learner:
     "Train a CAM classifier; resumes from `path` when it was interrupted."
-    return fit(cam_learner(view, seed=seed, **kwargs), epochs, slice(lr / 10, lr), seed=seed, path=path)
+    return fit(learner(view, seed=seed, **kwargs), epochs, slice(lr / 10, lr), seed=seed, path=path)
 
 # %% ../../nbs/10_localize/02_cam.ipynb #4a1f2c3f
 def _normalised(arrays, mean_std):
@@ -199,6 +200,15 @@ def _read_batch(items, size):
         except InputError as e: bad.append((o.id, str(e)))
     return good, arrays, bad
 
+def _batches(todo, size, bs, mean_std, device, desc, bad):
+    "Readable images a few at a time: items, normalised N×3×H×W; (item, problem) of the others goes to `bad`."
+    with tqdm(total=len(todo), desc=desc, delay=2, leave=False) as bar:
+        for k in range(0, len(todo), bs):
+            items, arrays, broken = _read_batch(todo[k:k + bs], size)
+            bad += broken
+            if items: yield items, _normalised(arrays, mean_std).to(device)
+            bar.update(len(items) + len(broken))
+
 # %% ../../nbs/10_localize/02_cam.ipynb #148c984a
 def write_cams(
     model: CamClassifier,   # trained classifier
@@ -214,14 +224,9 @@ def write_cams(
     "CAM of every image of a view that the store does not have yet."
     model.eval(); device = next(model.parameters()).device
     todo, bad = [o for o in view if o.id not in store], []
-    with tqdm(total=len(todo), desc='CAM', delay=2, leave=False) as bar:
-        for k in range(0, len(todo), bs):
-            items, arrays, broken = _read_batch(todo[k:k + bs], size)
-            bad += broken
-            if items:
-                m, z = cam(model, _normalised(arrays, mean_std).to(device), scales, flip)
-                for o, mm, zz in zip(items, m.cpu().numpy(), z.cpu().numpy()): _save_cam(store, o, mm, zz, view, choice)
-            bar.update(len(items) + len(broken))
+    for items, x in _batches(todo, size, bs, mean_std, device, 'CAM', bad):
+        m, z = cam(model, x, scales, flip)
+        for o, mm, zz in zip(items, m.cpu().numpy(), z.cpu().numpy()): _save_cam(store, o, mm, zz, view, choice)
     return bad
 
 # %% ../../nbs/10_localize/02_cam.ipynb #b0d15d14

@@ -38,7 +38,7 @@ from ..data.blocks import Augment, image_block, resize
 from ..data.items import InputError, atomic, read_image
 from ..data.store import Maps, MapStore
 from .backbones import DEFAULT_BACKBONE, create_backbone, stats
-from .cam import FeatureTable, _normalised, _read_batch, _scaled_maps, _unflip, choose_classes, normalise_maps
+from .cam import FeatureTable, _batches, _normalised, _scaled_maps, _unflip, choose_classes, normalise_maps
 from .training import fit, seed_everything
 
 # %% ../../nbs/10_localize/04_ccam.ipynb #2ae4aa7e
@@ -442,10 +442,7 @@ def training_maps(
     if isinstance(images, FeatureCache):
         for k in range(0, len(images), bs): yield images.ids[k:k + bs], net.head(images.features[k:k + bs, 0].float().to(device))[2].cpu()
         return
-    items = list(images)
-    for k in range(0, len(items), bs):
-        part, arrays, _ = _read_batch(items[k:k + bs], size)
-        if part: yield [o.id for o in part], net.head(net.features(_normalised(arrays, mean_std).to(device)))[2].cpu()
+    for items, x in _batches(list(images), size, bs, mean_std, device, 'polarity', []): yield [o.id for o in items], net.head(net.features(x))[2].cpu()
 
 # %% ../../nbs/10_localize/04_ccam.ipynb #cb2c96dd
 def decide_polarity(
@@ -554,11 +551,7 @@ def write_ccams(
     nets = {key: model} if one else model
     device = next(nets[min(nets)].eval().parameters()).device
     for n in nets.values(): n.eval()
-    for k in tqdm(range(0, len(todo), bs), desc='CCAM', delay=2, leave=False):
-        items, arrays, broken = _read_batch(todo[k:k + bs], size)
-        bad += broken
-        if not items: continue
-        x = _normalised(arrays, mean_std).to(device)
+    for items, x in _batches(todo, size, bs, mean_std, device, 'CCAM', bad):
         keys = [[key]] * len(items) if one else _chosen(nets, items, x, view, choice, classifier)
         maps = _class_maps(nets, x, keys, scales=scales, flip=flip, form=form)
         for o, ks, m in zip(items, keys, maps): store.save(o.id, Maps(ks, np.array(m) if m else np.zeros((0, 1, 1))))

@@ -21,11 +21,9 @@ from fastcore.basics import patch
 from PIL import Image, ImageFilter
 from torch import nn
 from torchvision.transforms.functional import gaussian_blur
-from tqdm import tqdm
 from ..data.store import Maps, MapStore
 from .backbones import stats
-from .cam import CamClassifier, _normalised, _read_batch, cam, cam_learner, choose_classes, normalise_maps
-from .training import fit
+from .cam import CamClassifier, _batches, _normalised, cam, cam_learner, choose_classes, normalise_maps, train_classifier
 
 # %% ../../nbs/10_localize/03_ecs.ipynb #e54da26c
 def blur(
@@ -150,13 +148,9 @@ def write_ecs_cams(
     **options,              # of `ecs_cam`: delta, theta, axis, fill, strength
 )->list:                    # (id, problem) of unreadable images
     "CAM with a second look for every image of a view that the store does not have yet."
-    model.eval(); todo, bad = [o for o in view if o.id not in store], []
-    with tqdm(total=len(todo), desc='CAM+ECS', delay=2, leave=False) as bar:
-        for k in range(0, len(todo), bs):
-            items, arrays, broken = _read_batch(todo[k:k + bs], size)
-            bad += broken
-            if items: _write_batch(model, items, _normalised(arrays, mean_std), view, store, choice, scales, flip, options)
-            bar.update(len(items) + len(broken))
+    model.eval(); device = next(model.parameters()).device
+    todo, bad = [o for o in view if o.id not in store], []
+    for items, x in _batches(todo, size, bs, mean_std, device, 'CAM+ECS', bad): _write_batch(model, items, x, view, store, choice, scales, flip, options)
     return bad
 
 # %% ../../nbs/10_localize/03_ecs.ipynb #2aada700
@@ -168,7 +162,7 @@ def _write_batch(model, items, images, view, store, choice, scales, flip, option
         flags = torch.zeros(z.shape, dtype=torch.bool)
         for row, k in zip(flags, keys): row[[c - 1 for c in k]] = True
         return flags.to(z.device)
-    maps = ecs_cam(model, images.to(next(model.parameters()).device), present, scales, flip, **options)[0].cpu().numpy()
+    maps = ecs_cam(model, images, present, scales, flip, **options)[0].cpu().numpy()
     for o, k, m in zip(items, keys, maps): store.save(o.id, Maps(k, m[[c - 1 for c in k]]))
 
 # %% ../../nbs/10_localize/03_ecs.ipynb #b25f719c
@@ -275,14 +269,10 @@ def ecs_learner(
 # %% ../../nbs/10_localize/03_ecs.ipynb #2071a6e6
 def train_ecs_classifier(
     view,                   # `View` with tags
-    epochs: int = 3,        # passes over the view
-    lr: float = 3e-3,       # highest rate of the head; the backbone's is a tenth
-    seed: int = 0,          # with the configuration, determines the result
-    path=None,              # checkpoint: resumes from it
-    **kwargs,               # of `ecs_learner`
+    *args, **kwargs,        # of `train_classifier` and `ecs_learner`
 )->Learner:
     "Train a CAM classifier with a second look; resumes from `path` when it was interrupted."
-    return fit(ecs_learner(view, seed=seed, **kwargs), epochs, slice(lr / 10, lr), seed=seed, path=path)
+    return train_classifier(view, *args, learner=ecs_learner, **kwargs)
 
 # %% ../../nbs/10_localize/03_ecs.ipynb #23b82d8c
 @torch.no_grad()
