@@ -1,4 +1,4 @@
-"A real browser for the tests that need one, and a small web server."
+"The same examples for every property; a real browser for the tests that need one, and a small web server."
 import functools
 import http.server
 import os
@@ -6,7 +6,12 @@ import shutil
 import threading
 from pathlib import Path
 
+import hypothesis
 import pytest
+
+# The same examples every time, so that a change is judged by itself; WSSS_HYPOTHESIS=random looks for new ones.
+hypothesis.settings.register_profile('same', derandomize=True)
+if os.environ.get('WSSS_HYPOTHESIS') != 'random': hypothesis.settings.load_profile('same')
 
 CHROMIUM = next(filter(None, map(shutil.which, ('chromium', 'chromium-browser', 'google-chrome'))), None)
 FLAGS = '--headless --no-sandbox --disable-gpu --disable-quic --no-first-run --disable-background-networking --disable-component-update --disable-sync'
