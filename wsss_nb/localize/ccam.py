@@ -6,10 +6,10 @@ Docs: https://wsss-nb.github.io/wsss_nb/10_localize/ccam.html.md"""
 
 # %% auto #0
 __all__ = ['RECIPES', 'last_stages', 'pool_pair', 'gathered', 'Disentangler', 'cosines', 'rank_weights', 'positive_loss',
-           'negative_loss', 'CCAMLoss', 'CCAM', 'create_ccam', 'Recipe', 'find_recipe', 'PolySchedule', 'FeatureCache',
-           'cache_features', 'ccam_learner', 'centre_cue', 'frame_cue', 'cam_cue', 'Polarity', 'training_maps',
-           'decide_polarity', 'check_positive_wsss', 'check_positive_wsol', 'train_ccam', 'ccam', 'write_ccams',
-           'train_class_ccams', 'save_ccam', 'load_ccam', 'original_map', 'original_hr_map']
+           'negative_loss', 'CCAMLoss', 'TargetedCCAMLoss', 'CCAM', 'create_ccam', 'Recipe', 'find_recipe',
+           'PolySchedule', 'FeatureCache', 'cache_features', 'ccam_learner', 'centre_cue', 'frame_cue', 'cam_cue',
+           'Polarity', 'training_maps', 'decide_polarity', 'check_positive_wsss', 'check_positive_wsol', 'train_ccam',
+           'ccam', 'write_ccams', 'train_class_ccams', 'save_ccam', 'load_ccam', 'original_map', 'original_hr_map']
 
 # %% ../../nbs/10_localize/04_ccam.ipynb #ee3adb86
 import copy, hashlib, json
@@ -39,6 +39,7 @@ from ..data.items import InputError, atomic, read_image
 from ..data.store import Maps, MapStore
 from .backbones import DEFAULT_BACKBONE, create_backbone, stats
 from .cam import FeatureTable, _batches, _normalised, _scaled_maps, _unflip, choose_classes, normalise_maps
+from .ecs import ecs_map_loss
 from .training import fit, seed_everything
 
 # %% ../../nbs/10_localize/04_ccam.ipynb #2ae4aa7e
@@ -156,6 +157,22 @@ class CCAMLoss(nn.Module):
         fg, bg = (gathered(v) for v in pred[:2])
         pull = partial(positive_loss, alpha=self.alpha, mask_diagonal=self.mask_diagonal)
         return pull(fg) + negative_loss(bg, fg) + pull(bg)
+
+# %% ../../nbs/10_localize/04_ccam.ipynb #41ee7d75
+class TargetedCCAMLoss(CCAMLoss):
+    "CCAM+ECS: the contrasts, and the squared distance of P to a target map of each photo."
+    def __init__(self,
+        targets: torch.Tensor,  # float N×1×h×w in [0, 1], by position
+        weight: float = 1.,     # of the distance
+        **options,              # of `CCAMLoss`
+    ):
+        super().__init__(**options)
+        self.targets, self.weight = targets, weight
+    def forward(self,
+        pred: tuple,    # v⁺, v⁻, P
+        y: torch.Tensor,    # positions, long N
+    )->torch.Tensor:
+        return super().forward(pred) + self.weight * ecs_map_loss(pred[2], self.targets.to(y.device)[y].to(pred[2]))
 
 # %% ../../nbs/10_localize/04_ccam.ipynb #11be761c
 class CCAM(nn.Module):
@@ -357,10 +374,16 @@ def _stats_of(backbone):
     cfg = getattr(backbone, 'pretrained_cfg', None)
     return (tuple(cfg['mean']), tuple(cfg['std'])) if cfg else stats()
 
-def _learner(net, dls, recipe):
+def _loss(recipe, targets, moved):
+    "The loss of a recipe, with targets where there are some; they know nothing of mirror images."
+    how = dict(alpha=recipe.alpha, mask_diagonal=recipe.mask_diagonal)
+    if targets is not None and moved: raise ValueError('targets belong to images as they are: cache_features(…, mirror=False), or augment=False')
+    return CCAMLoss(**how) if targets is None else TargetedCCAMLoss(targets, **how)
+
+def _learner(net, dls, recipe, loss):
     "A Learner with the loss, the optimiser and the parameter groups of a recipe."
     opt = partial(SGD, mom=recipe.momentum, decouple_wd=False)
-    return Learner(dls, net, CCAMLoss(recipe.alpha, recipe.mask_diagonal), opt_func=opt, splitter=partial(_groups, recipe), lr=_rates(recipe, net))
+    return Learner(dls, net, loss, opt_func=opt, splitter=partial(_groups, recipe), lr=_rates(recipe, net))
 
 # %% ../../nbs/10_localize/04_ccam.ipynb #22fbfe65
 def ccam_learner(
@@ -376,6 +399,7 @@ def ccam_learner(
     cache=None,                 # a `FeatureCache` of this view, or a folder for it; None: memory
     augment=False,              # of images when not frozen; True or an `Augment`
     rectify: bool = False,      # see `last_stages`
+    targets=None,               # maps that P is drawn to, float N×1×h×w, such as `ecs_targets`: CCAM+ECS
     seed: int = 0,              # of the head's first weights
 )->Learner:                     # `.model` is the `CCAM`, `.source` what its polarity is decided on
     "A CCAM network as a fastai Learner."
@@ -384,7 +408,8 @@ def ccam_learner(
     net = create_ccam(backbone, output_stride, pretrained, frozen, rectify).to(default_device())
     if frozen and not isinstance(cache, FeatureCache): cache = cache_features(net, view, size, bs, mean_std, path=cache)
     if frozen and cache.ids != [o.id for o in view]: raise ValueError('the table of features belongs to other images: use cache.keep(view.ids)')
-    learn = _learner(net, _feature_dls(cache, bs) if frozen else _image_dls(view, size, bs, mean_std, augment), recipe)
+    learn = _learner(net, _feature_dls(cache, bs) if frozen else _image_dls(view, size, bs, mean_std, augment), recipe,
+                     _loss(recipe, targets, cache.features.shape[1] > 1 if frozen else augment is not False))
     learn.source, learn.recipe = dict(images=cache if frozen else view, size=size, mean_std=mean_std), recipe
     return learn
 

@@ -7,7 +7,8 @@ Docs: https://wsss-nb.github.io/wsss_nb/10_localize/ecs.html.md"""
 # %% auto #0
 __all__ = ['FILLS', 'AXES', 'blur', 'erase', 'score_map', 'enlarge', 'Look', 'second_look', 'ecs_cam', 'predicted',
            'write_ecs_cams', 'KeepingClassifier', 'evaluating', 'min_max', 'ECS', 'present_classes', 'pixel_labels',
-           'ecs_learner', 'train_ecs_classifier', 'ecs_target', 'ecs_map_loss', 'eight_bit', 'original_ecs_cam']
+           'ecs_learner', 'train_ecs_classifier', 'ecs_target', 'ecs_map_loss', 'ecs_targets', 'eight_bit',
+           'original_ecs_cam']
 
 # %% ../../nbs/10_localize/03_ecs.ipynb #8f6e2f63
 import math
@@ -21,6 +22,7 @@ from fastcore.basics import patch
 from PIL import Image, ImageFilter
 from torch import nn
 from torchvision.transforms.functional import gaussian_blur
+from ..data.items import InputError
 from ..data.store import Maps, MapStore
 from .backbones import stats
 from .cam import CamClassifier, _batches, _normalised, cam, cam_learner, choose_classes, normalise_maps, train_classifier
@@ -142,19 +144,20 @@ def write_ecs_cams(
     size: int = 224,        # images are squashed to size×size before scaling
     scales=(1., .5, 1.5, 2.),   # relative to `size`
     flip: bool = True,      # add the mirrored image
-    choice: str = 'tags',   # classes that are kept, and erased by: 'tags' or 'predicted'
+    choice: str = 'tags',   # classes that are kept, and erased by: see `choose_classes`
     bs: int = 16,           # images per step
     mean_std=stats(),       # of the backbone
+    key: int|None = None,   # tag id that every map is kept under, see `write_cams`
     **options,              # of `ecs_cam`: delta, theta, axis, fill, strength
 )->list:                    # (id, problem) of unreadable images
     "CAM with a second look for every image of a view that the store does not have yet."
     model.eval(); device = next(model.parameters()).device
     todo, bad = [o for o in view if o.id not in store], []
-    for items, x in _batches(todo, size, bs, mean_std, device, 'CAM+ECS', bad): _write_batch(model, items, x, view, store, choice, scales, flip, options)
+    for items, x in _batches(todo, size, bs, mean_std, device, 'CAM+ECS', bad): _write_batch(model, items, x, view, store, choice, key, scales, flip, options)
     return bad
 
 # %% ../../nbs/10_localize/03_ecs.ipynb #2aada700
-def _write_batch(model, items, images, view, store, choice, scales, flip, options):
+def _write_batch(model, items, images, view, store, choice, key, scales, flip, options):
     "Maps of one batch into the store."
     keys = []
     def present(z):
@@ -163,7 +166,7 @@ def _write_batch(model, items, images, view, store, choice, scales, flip, option
         for row, k in zip(flags, keys): row[[c - 1 for c in k]] = True
         return flags.to(z.device)
     maps = ecs_cam(model, images, present, scales, flip, **options)[0].cpu().numpy()
-    for o, k, m in zip(items, keys, maps): store.save(o.id, Maps(k, m[[c - 1 for c in k]]))
+    for o, k, m in zip(items, keys, maps): store.save(o.id, Maps(k if key is None else [key] * len(k), m[[c - 1 for c in k]]))
 
 # %% ../../nbs/10_localize/03_ecs.ipynb #b25f719c
 class KeepingClassifier(CamClassifier):
@@ -300,6 +303,25 @@ def ecs_map_loss(
     "Mean squared distance of a map to its target; `ValueError` when the shapes differ."
     if p.shape != target.shape: raise ValueError(f'the map is {tuple(p.shape)}, its target {tuple(target.shape)}')
     return F.mse_loss(p, target)
+
+# %% ../../nbs/10_localize/03_ecs.ipynb #f5bb068d
+def ecs_targets(
+    model: CamClassifier,   # trained classifier
+    view,                   # `View` with tags, one for each image
+    size: int = 224,        # images are squashed to size×size
+    bs: int = 16,           # images per step
+    mean_std=stats(),       # of the backbone
+    **options,              # of `ecs_target`: delta, fill, strength
+)->torch.Tensor:            # float32 N×1×h×w in [0, 1], in the order of the view
+    "The targets of all images for the classes of their tags; `InputError` names an unreadable image."
+    model.eval(); device = next(model.parameters()).device
+    out, bad = [], []
+    for items, x in _batches(list(view), size, bs, mean_std, device, 'ECS targets', bad):
+        present = torch.zeros(len(items), model.head.out_features, dtype=torch.bool)
+        for row, o in zip(present, items): row[[t - 1 for t in o.tags] or [-1]] = True
+        out.append(ecs_target(model, x, present.to(device), **options).cpu())
+    if bad: raise InputError(bad[0][0], bad[0][1], 'Targets are needed for every image of the view.')
+    return torch.cat(out)
 
 # %% ../../nbs/10_localize/03_ecs.ipynb #f25aa6a2
 def eight_bit(

@@ -7,7 +7,7 @@ Docs: https://wsss-nb.github.io/wsss_nb/50_study/main.html.md"""
 # %% auto #0
 __all__ = ['PROFILES', 'Settings', 'profile_settings', 'classifier_stage', 'cam_stage', 'pseudo_stage', 'read_stored',
            'segment_stage', 'favour_foreground', 'final_crf', 'predict_stage', 'relabel_stage', 'Trivial', 'main_table',
-           'sample_pets', 'MainJob', 'train_from_tags', 'main_job', 'main_sheet']
+           'sample_pets', 'MainJob', 'segment_rounds', 'train_from_tags', 'main_job', 'main_sheet']
 
 # %% ../../nbs/50_study/02_main.ipynb #85af70d7
 import os
@@ -223,6 +223,15 @@ class MainJob:
     table: Table
     sheet: Path|None    # picture sheet, PNG
 
+# %% ../../nbs/50_study/02_main.ipynb #ce2f56c5
+def segment_rounds(root, view, s: Settings, labels, say)->dict:     # stage name → `Run`
+    "Segmentation network from the pseudo masks of a run; again from its own answers where there are several rounds."
+    runs = {}
+    for k in range(1, s.rounds + 1):
+        net = segment_stage(root, view, s, partial(read_stored, store=LabelStore(labels/'masks')), labels.hash, say)
+        if k < s.rounds: runs[f'segment_{k}'], runs[f'relabel_{k}'] = net, (labels := relabel_stage(root, view, s, net, say))
+    return runs | {'segment': net}
+
 # %% ../../nbs/50_study/02_main.ipynb #4b758150
 def train_from_tags(root, view, s: Settings, say=print, workers=None)->dict:   # stage name → `Run`
     "Classifier, CAM, pseudo masks and segmentation network from a `tags` view."
@@ -230,12 +239,8 @@ def train_from_tags(root, view, s: Settings, say=print, workers=None)->dict:   #
     data = data_hash(view)
     runs = {'classifier': classifier_stage(root, view, s, data, say)}
     runs['cam'] = cam_stage(root, view, s, runs['classifier'], data, say)
-    runs['pseudo'] = labels = pseudo_stage(root, view, s, runs['cam'], say, workers)
-    for k in range(1, s.rounds + 1):
-        store = LabelStore(labels/'masks')
-        net = segment_stage(root, view, s, partial(read_stored, store=store), labels.hash, say)
-        if k < s.rounds: runs[f'segment_{k}'], runs[f'relabel_{k}'] = net, (labels := relabel_stage(root, view, s, net, say))
-    return runs | {'segment': net}
+    runs['pseudo'] = pseudo_stage(root, view, s, runs['cam'], say, workers)
+    return runs | segment_rounds(root, view, s, runs['pseudo'], say)
 
 # %% ../../nbs/50_study/02_main.ipynb #194d2d0f
 def main_job(
