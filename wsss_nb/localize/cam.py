@@ -25,7 +25,7 @@ from ..data.blocks import resize, tag_names, tags_dls
 from ..data.items import InputError, atomic, read_image
 from ..data.store import Maps, MapStore
 from .backbones import DEFAULT_BACKBONE, create_backbone, stats
-from .training import fit, seed_everything
+from .training import fit, keep_memory, seed_everything
 
 # %% ../../nbs/10_localize/02_cam.ipynb #d2448feb
 class CamClassifier(nn.Module):
@@ -100,6 +100,7 @@ def pooled_features(
     mean_std=stats(),   # of the backbone
 )->torch.Tensor:        # float32 N×2×F: each image, and mirrored
     "Mean over the places of the last features; `InputError` names an unreadable image."
+    keep_memory()
     items, out, device = list(items), [], next(backbone.parameters()).device
     for k in tqdm(range(0, len(items), bs), desc='features', delay=2, leave=False):
         x = _normalised([resize(read_image(o.image), size) for o in items[k:k + bs]], mean_std).to(device)
@@ -215,6 +216,7 @@ def _read_batch(items, size):
 
 def _batches(todo, size, bs, mean_std, device, desc, bad):
     "Readable images a few at a time: items, normalised N×3×H×W; (item, problem) of the others goes to `bad`."
+    keep_memory()
     with tqdm(total=len(todo), desc=desc, delay=2, leave=False) as bar:
         for k in range(0, len(todo), bs):
             items, arrays, broken = _read_batch(todo[k:k + bs], size)

@@ -40,7 +40,7 @@ from ..data.store import Maps, MapStore
 from .backbones import DEFAULT_BACKBONE, create_backbone, stats
 from .cam import FeatureTable, _batches, _normalised, _scaled_maps, _unflip, choose_classes, normalise_maps
 from .ecs import ecs_map_loss
-from .training import fit, seed_everything
+from .training import fit, keep_memory, seed_everything
 
 # %% ../../nbs/10_localize/04_ccam.ipynb #2ae4aa7e
 def last_stages(
@@ -342,7 +342,7 @@ def cache_features(
     dtype='float32',    # 'float16' halves it
 )->FeatureCache:
     "Features of the last two stages of each image; reused from `path` when it is there."
-    items = list(view); net.eval()
+    keep_memory(); items = list(view); net.eval()
     note = None if path is None else _cache_note(net, items, size, mean_std, mirror, dtype)
     if path is not None and Path(path).exists(): return _load_cache(path, note)
     batches = _feature_batches(net, items, size, bs, mean_std, mirror)

@@ -20,6 +20,7 @@ from tqdm.auto import tqdm
 from ..data.blocks import resize
 from ..data.items import InputError, Item, atomic, images_in, read_image
 from ..data.store import LabelStore
+from ..localize.training import keep_memory
 from .nets import SegmentNet, create_net
 
 # %% ../../nbs/30_segment/03_predict.ipynb #ca74ca42
@@ -202,6 +203,7 @@ def predict_view(self: Segmenter,
 )->list:                # (id, problem) of the photos that could not be read
     "Masks of many photos; resumes, finishes the good ones, names the bad ones."
     change = change or (lambda image, probs: probs.argmax(0).astype(np.uint8))
+    keep_memory()
     todo, bad = [o for o in view if o.id not in store], []
     with tqdm(total=len(todo), desc='predict', delay=2, leave=False) as bar:
         for i in range(0, len(todo), bs):
