@@ -511,6 +511,21 @@ def test_class_specific(view, cache, tmp_path, capsys):
 
 # ---- files
 
+def test_a_whole_network_for_each_class(view, tmp_path):
+    "From a classifier's backbone, which stays as it was; each class has weights of its own, also after saving."
+    start = CamClassifier(create_backbone(pretrained=False), 2).backbone
+    before = [p.detach().clone() for p in start.parameters()]
+    nets = train_class_ccams(view, classes=[1, 2], backbone=start, frozen=False, epochs=1, size=64, bs=4)
+    assert all(a.equal(b) for a, b in zip(before, start.parameters()))
+    weights = {c: next(m.weight for m in n.backbone.modules() if isinstance(m, nn.Conv2d)) for c, n in nets.items()}
+    assert not weights[1].equal(before[0]) and not weights[1].equal(weights[2])
+    save_ccam(nets, tmp_path, dict(backbone='tf_efficientnet_lite0', output_stride=16))
+    again = load_ccam(tmp_path)
+    x = torch.rand(1, 3, 64, 64)
+    for c in nets: assert again[c].maps(x).equal(nets[c].eval().maps(x))
+    assert again[1].backbone is not again[2].backbone
+
+
 def test_saved_networks(view, cache, tmp_path):
     config, x = dict(backbone='tf_efficientnet_lite0', output_stride=16), torch.randn(1, 3, 64, 64)
     net = create_ccam(pretrained=False).eval()
