@@ -86,6 +86,14 @@ def test_the_rule_marks_the_same_part_for_every_method(first, photos):
         assert abs(np.mean([(v > t).mean() for v in values]) - s.area) < .02
 
 
+def test_networks_have_the_same_number_of_steps():
+    "On real pets there are 3,680 photos with pseudo masks and 674 with true ones; on the sample as many of both."
+    s = study.PETS_PROFILES['full']
+    steps = [n // s.segment_bs * e for n, e in ((3680, s.segment_epochs), (674, s.truth_epochs))]
+    assert abs(steps[0] - steps[1]) < .02 * steps[0]
+    for profile in ('smoke', 'sample'): assert study.PETS_PROFILES[profile].truth_epochs == study.PETS_PROFILES[profile].segment_epochs
+
+
 def test_seeds_row():
     class Result:
         def __init__(self, x): self.frame = type('F', (), {'iou': np.array(x)})
