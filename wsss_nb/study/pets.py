@@ -13,11 +13,12 @@ __all__ = ['PETS_PROFILES', 'KINDS', 'SWEEP', 'SOURCES', 'PUBLISHED', 'PETS_TABL
            'pets_2', 'crf_row', 'class_rows', 'ensemble_rows', 'network_rows', 'seeds_row', 'pets_3', 'ccam_table',
            'keep_record', 'pets_study_table', 'sweep_figure', 'masks_sheet']
 
-# %% ../../nbs/50_study/04_pets.ipynb #4a9f94d6
+# %% ../../nbs/50_study/04_pets.ipynb #7058131e
 import os, shutil
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
+from textwrap import fill
 import cv2, numpy as np
 from matplotlib.figure import Figure
 from matplotlib.lines import Line2D
@@ -38,7 +39,7 @@ from .main import Settings, Trivial, _complain, _part, _score, classifier_stage,
 from .runs import Run, data_hash, hardware, read_records, run_stage, write_json
 from .tables import Published, Table
 
-# %% ../../nbs/50_study/04_pets.ipynb #618c9cf5
+# %% ../../nbs/50_study/04_pets.ipynb #b2bc8401
 @dataclass(frozen=True)
 class PetsSettings(Settings):
     "What the pets study does; every field is part of the name of a run."
@@ -50,14 +51,14 @@ class PetsSettings(Settings):
     rule_images: int = 200      # training photos whose maps a threshold is read from, where their maps serve nothing else
     seeds: tuple = (0, 1, 2)    # of the segmentation networks
 
-# %% ../../nbs/50_study/04_pets.ipynb #9674fdd7
+# %% ../../nbs/50_study/04_pets.ipynb #a118815a
 PETS_PROFILES = {
     'smoke': PetsSettings('smoke', size=96, segment_size=96, classifier_epochs=1, segment_epochs=1, classifier_bs=4, segment_bs=4, cam_scales=(1.,), ccam_epochs=1, ccam_bs=4, truth_epochs=1, seeds=(0, 1)),
     'sample': PetsSettings(cam_scales=(1., 1.5)),
     'full': PetsSettings('full', backbone='tf_efficientnet_lite2', size=224, classifier_epochs=1, cam_scales=(1., 1.5), ccam_bs=128, truth_epochs=27, seeds=(0,)),
 }
 
-# %% ../../nbs/50_study/04_pets.ipynb #7da67a67
+# %% ../../nbs/50_study/04_pets.ipynb #e42d8c22
 @dataclass(frozen=True)
 class Start:
     "Weights that a method starts from."
@@ -70,7 +71,7 @@ def start_network(start: Start, s: Settings)->CamClassifier:    # in eval mode
     "The classifier behind some start weights."
     return load_classifier(start.run.folder) if start.run else imagenet_classifier(s.backbone, s.output_stride)
 
-# %% ../../nbs/50_study/04_pets.ipynb #4ae3b1f6
+# %% ../../nbs/50_study/04_pets.ipynb #9331d8a3
 def pets_settings(
     profile: str|None = None,   # 'smoke', 'sample' or 'full'; $WSSS_PROFILE or 'sample' by default
     **changes,                  # fields of `PetsSettings`
@@ -80,7 +81,7 @@ def pets_settings(
     if profile not in PETS_PROFILES: raise ValueError(f'no profile {profile!r}; there are {", ".join(PETS_PROFILES)}')
     return replace(PETS_PROFILES[profile], **changes)
 
-# %% ../../nbs/50_study/04_pets.ipynb #4d885ff4
+# %% ../../nbs/50_study/04_pets.ipynb #253e42ea
 KINDS = {'2': 'species', '37': 'breeds', '3': 'species + background', '38': 'breeds + background'}   # outputs on Oxford-IIIT Pet → name here
 
 @dataclass
@@ -97,7 +98,7 @@ class PetsData:
         ds.name = self.name
         return ds
 
-# %% ../../nbs/50_study/04_pets.ipynb #b3d8e40e
+# %% ../../nbs/50_study/04_pets.ipynb #f52b053b
 def pets_data(
     path=None,          # folder with Oxford-IIIT Pet; None: the rendered sample
     background=None,    # folder of photos without pets
@@ -113,7 +114,7 @@ def pets_only(view):
     "A view without the background images."
     return view.keep(lambda o: o.tags != ())
 
-# %% ../../nbs/50_study/04_pets.ipynb #7205cdda
+# %% ../../nbs/50_study/04_pets.ipynb #0080b0d6
 def feature_table(root, view, s: Settings, start: Start, data):
     "The table of features of a view, from a folder that other stages use too."
     net = create_ccam(start_network(start, s).backbone, rectify=True)
@@ -129,7 +130,7 @@ def _keep_ccam(model, run, view, s):
     for p in run.folder.glob('checkpoint*'): p.unlink() if p.is_file() else shutil.rmtree(p)
     return {'images': len(view) * s.ccam_epochs, 'epochs': s.ccam_epochs, 'train_images': len(view)}
 
-# %% ../../nbs/50_study/04_pets.ipynb #cf5f1109
+# %% ../../nbs/50_study/04_pets.ipynb #78f4b09a
 def ccam_stage(root, view, s: Settings, start: Start, data, say, targets=None):
     "One CCAM for all photos of a view, CCAM+ECS where `targets` names a view with tags; a `Run` with `ccam.safetensors`."
     config = _ccam_config(s, start, data) | ({} if targets is None else {'ecs': data_hash(targets)})
@@ -140,7 +141,7 @@ def ccam_stage(root, view, s: Settings, start: Start, data, say, targets=None):
         return _keep_ccam(learn.model, run, view, s)
     return run_stage(root, 'ccam' if targets is None else 'ccam_ecs', config, work, say)
 
-# %% ../../nbs/50_study/04_pets.ipynb #a1d0fc44
+# %% ../../nbs/50_study/04_pets.ipynb #af00ce45
 def class_ccam_stage(root, view, s: Settings, data, say):
     "A CCAM for each class of a view, from ImageNet weights; a `Run` with `ccam.safetensors`."
     start = Start('ImageNet')
@@ -150,7 +151,7 @@ def class_ccam_stage(root, view, s: Settings, data, say):
         return _keep_ccam(nets, run, view, s)
     return run_stage(root, 'class_ccam', _ccam_config(s, start, data) | {'tags': data_hash(view)}, work, say)
 
-# %% ../../nbs/50_study/04_pets.ipynb #25cacc14
+# %% ../../nbs/50_study/04_pets.ipynb #232caae9
 def maps_stage(root, name, view, s: Settings, config, write, say):
     "Maps of a view by `write(view, store)`; a `Run` with a `MapStore` in `maps`."
     def work(run):
@@ -167,7 +168,7 @@ def ccam_maps(root, view, s: Settings, ccam: Run, say, **config):
         return write_ccams(load_ccam(ccam.folder), view, store, s.size, s.cam_scales, choice=config.get('choice', 'tags'), classifier=net, mean_std=stats(s.backbone))
     return maps_stage(root, 'ccam_maps', view, s, {'ccam': ccam.hash} | config, write, say)
 
-# %% ../../nbs/50_study/04_pets.ipynb #65708a06
+# %% ../../nbs/50_study/04_pets.ipynb #b8c3b8eb
 def cam_maps(root, view, s: Settings, start: Start, say, erase=False):
     "CAM, or CAM+ECS, of the class that a classifier predicts; of ImageNet's own, of its strongest output."
     how = dict(choice='predicted') if start.run else dict(choice='strongest', key=1)
@@ -176,7 +177,7 @@ def cam_maps(root, view, s: Settings, start: Start, say, erase=False):
     config = {'start': start.hash} | ({} if start.run else {'backbone': s.backbone, 'output_stride': s.output_stride})
     return maps_stage(root, 'ecs_maps' if erase else 'cam_maps', view, s, config, write, say)
 
-# %% ../../nbs/50_study/04_pets.ipynb #ed6d61ec
+# %% ../../nbs/50_study/04_pets.ipynb #2d22310c
 def rule_view(view, s: PetsSettings):
     "Some of the training photos, chosen by their names' hashes."
     ids = view.ids
@@ -196,7 +197,7 @@ def masks_stage(root, view, maps: Run, threshold, say, workers=None, **options):
         return {'images': len(view)}
     return run_stage(root, 'masks', config, work, say)
 
-# %% ../../nbs/50_study/04_pets.ipynb #b886ec74
+# %% ../../nbs/50_study/04_pets.ipynb #3183b52e
 def ccam_pseudo(root, view, s: PetsSettings, say=print, workers=None)->dict:    # stage name → `Run`
     "CCAM from ImageNet weights → threshold by rule → dense CRF."
     data = data_hash(view)
@@ -212,7 +213,7 @@ def ccam_job(root, view, s: PetsSettings, say=print, workers=None)->dict:   # st
     runs = ccam_pseudo(root, view, s, say, workers)
     return runs | segment_rounds(root, view, s, runs['pseudo'], say)
 
-# %% ../../nbs/50_study/04_pets.ipynb #b4dca949
+# %% ../../nbs/50_study/04_pets.ipynb #88bae958
 @dataclass
 class Scored:
     "One row of a table and what it was made from."
@@ -229,17 +230,17 @@ class Scored:
 
 SWEEP = np.unique(np.r_[np.linspace(0, 1, 101), 1 / (1 + np.exp(np.linspace(-8, 8, 81)))])    # fine at both ends, where probabilities crowd
 
-# %% ../../nbs/50_study/04_pets.ipynb #c5d39573
-def map_sweep(maps: MapStore, dataset: Dataset, ids)->np.ndarray:   # mean IoU over images at each of `SWEEP`
-    "Scores of maps at many thresholds, from one pass over the photos; border ignored."
+# %% ../../nbs/50_study/04_pets.ipynb #ac2c6c4d
+def map_sweep(maps: MapStore, dataset: Dataset, ids, border: str = 'ignored')->np.ndarray:   # mean IoU over images at each of `SWEEP`
+    "Scores of maps at many thresholds, from one pass over the photos, under a border policy."
     scores = []
     for i in ids:
         truth = dataset.read_truth(dataset[i])
         values = cv2.resize(maps.load(i).values.max(0, initial=0), truth.shape[::-1], interpolation=cv2.INTER_LINEAR)
-        scores.append(iou(with_border(threshold_counts(values, truth, SWEEP)))[:, 1])
+        scores.append(iou(with_border(threshold_counts(values, truth, SWEEP), border))[:, 1])
     return np.nanmean(scores, 0)
 
-# %% ../../nbs/50_study/04_pets.ipynb #32b136d3
+# %% ../../nbs/50_study/04_pets.ipynb #5de93c0d
 def source_metric(row: Scored, dataset: Dataset)->tuple:    # (IoU, Dice) as the pets system would print them
     "What the formulas of the pets system make of the masks of a row."
     if row.family == 'ccam':
@@ -248,7 +249,7 @@ def source_metric(row: Scored, dataset: Dataset)->tuple:    # (IoU, Dice) as the
     pairs = [half_dice(row.masks.load(i), dataset.read_truth(dataset[i])) for i in row.result.ids]
     return tuple(np.mean(pairs, 0).tolist())
 
-# %% ../../nbs/50_study/04_pets.ipynb #9db7eab7
+# %% ../../nbs/50_study/04_pets.ipynb #3cf380aa
 _TEXT = 'Ensembled-WSSS @42c52b6, README, '
 SOURCES = {
     'cam': _TEXT + 'tables 1 and 2: half the Dice coefficient under the name of IoU, border as background, threshold 0.05; 20 % of the pooled photos',
@@ -270,7 +271,7 @@ def published(*key)->dict:
     source = SOURCES['truth' if key[0] == 'truth' else 'cam' if key[0].startswith('CAM') else 'class' if key[0] == 'class' or key[0] == 'CRF' and key[1] != 'ImageNet' else 'ccam']
     return {f'published {n}': Published(v / 100, source) for n, v in zip(('IoU', 'Dice'), PUBLISHED[key])}
 
-# %% ../../nbs/50_study/04_pets.ipynb #6c7ea83b
+# %% ../../nbs/50_study/04_pets.ipynb #dbaf326f
 def table_row(row: Scored, dataset: Dataset)->dict:
     "A `Scored` as the columns of a table."
     r, (i, d), sweep = row.result.row(), source_metric(row, dataset), row.sweep
@@ -286,7 +287,7 @@ def pets_table(rows, dataset: Dataset, s: PetsSettings, caption, note='', column
                  s.profile, net, s.seeds if any(r.more and 'seeds' in r.more for r in rows) else s.seed, f"{h['gpu'] or h['processor']}, {h['cores']} cores",
                  f"Thresholds mark {s.area:.0%} of the training photos' pixels, without masks; oracle: the best threshold, found with the test masks. {note}".strip())
 
-# %% ../../nbs/50_study/04_pets.ipynb #d9921357
+# %% ../../nbs/50_study/04_pets.ipynb #00ad6f96
 class PetsStudy:
     "Photos, settings and runs of the pets study."
     def __init__(self,
@@ -308,7 +309,7 @@ class PetsStudy:
         if kind not in self.views: self.views[kind] = self.data.dataset(kind).view('tags', 'trainval')
         return self.views[kind]
 
-# %% ../../nbs/50_study/04_pets.ipynb #ee1155dd
+# %% ../../nbs/50_study/04_pets.ipynb #dd04f22c
 def _again(view, like):
     "The photos of a view under the names of another data set."
     ids = set(view.ids)
@@ -324,7 +325,7 @@ def start_weights(study: PetsStudy, kind: str)->Start:
     view = study.view(kind)
     return Start(KINDS[kind], classifier_stage(study.root, view, study.s, data_hash(view), study.say))
 
-# %% ../../nbs/50_study/04_pets.ipynb #9ecf4aae
+# %% ../../nbs/50_study/04_pets.ipynb #de89c671
 def score_masks(study: PetsStudy, method, start, masks: LabelStore, family='ccam', published=(), more=None)->Scored:
     "A row for masks of the test photos."
     return Scored(method, start, evaluate_predictions(masks, study.dataset, 'test', name=method), family, masks, published=published, more=more)
@@ -345,7 +346,7 @@ class _Drawn(Trivial):
     "A trivial answer where a store of masks is wanted."
     def load(self, id): return self[id]
 
-# %% ../../nbs/50_study/04_pets.ipynb #4bf7a711
+# %% ../../nbs/50_study/04_pets.ipynb #b9a6b10c
 def method_rows(study: PetsStudy, kinds)->list:     # `Scored` by method, then start weights
     "CAM, CAM+ECS, CCAM and CCAM+ECS from each of the start weights."
     rows = {m: [] for m in ('CAM', 'CAM+ECS', 'CCAM', 'CCAM+ECS')}
@@ -369,7 +370,7 @@ def _start_rows(study, kind):
         out[m] = score_maps(study, m, start.name, a, few, b, 'ccam', (m, kind))
     return out
 
-# %% ../../nbs/50_study/04_pets.ipynb #2593c07b
+# %% ../../nbs/50_study/04_pets.ipynb #eca77e33
 def drop_features(study: PetsStudy)->None:
     "Remove the tables of features: they are large, and can be made again."
     for p in Path(study.root).glob('features-*'): shutil.rmtree(p, ignore_errors=True)
@@ -384,7 +385,7 @@ def pets_2(study: PetsStudy)->tuple:   # `Table`, list of `Scored`
     rows = trivial_rows(study) + method_rows(study, ('3', '38'))
     return pets_table(rows, study.dataset, study.s, 'methods by start weights, classifiers trained with background images'), rows
 
-# %% ../../nbs/50_study/04_pets.ipynb #97708100
+# %% ../../nbs/50_study/04_pets.ipynb #6789c69d
 def crf_row(study: PetsStudy, row: Scored, maps: Run, published=())->Scored:
     "The row of some maps, after the dense CRF."
     run = masks_stage(study.root, study.test, maps, row.threshold, study.say, study.workers, method='crf', settings=study.s.label_crf)
@@ -405,7 +406,7 @@ def class_rows(study: PetsStudy, kind)->tuple:     # rows, training maps, test m
         rows += [row, crf_row(study, row, maps, ('CRF', kind) if how == 'given' else ())]
     return rows, train_maps, maps
 
-# %% ../../nbs/50_study/04_pets.ipynb #9aab8de6
+# %% ../../nbs/50_study/04_pets.ipynb #da7528ac
 def _nameless(study, maps, view):
     "The maps of a run under the key of no class; a `MapStore`."
     out = MapStore(maps/'nameless')
@@ -434,7 +435,7 @@ def _agreed(study, general, special, stores, few, name):
     run = run_stage(study.root, 'agreement', {'of': [general[1].hash, special[1].hash], 'thresholds': cuts}, work, study.say)
     return score_masks(study, 'ensemble: agreement', name, LabelStore(run/'masks'))
 
-# %% ../../nbs/50_study/04_pets.ipynb #c079e84f
+# %% ../../nbs/50_study/04_pets.ipynb #6783bf39
 def network_rows(study: PetsStudy, name, labels, view, read, published=(), epochs=None)->list:
     "One U-Net for each seed, scored on the test photos; a list of `Scored`."
     s, rows, end = study.s, [], '_truth' if labels.startswith('truth') else ''
@@ -453,7 +454,7 @@ def seeds_row(rows)->dict:
     return {'IoU': mean_interval(each.mean(0)), 'Dice': mean('Dice'), 'data-set IoU': mean('data-set IoU'), "source's IoU": mean('IoU', 'foreground'),
             "source's Dice": mean('Dice', 'foreground'), 'seeds': len(rows), 'spread': float(np.ptp(means))}
 
-# %% ../../nbs/50_study/04_pets.ipynb #d84a7194
+# %% ../../nbs/50_study/04_pets.ipynb #aa6c6fd5
 def _taught(study, job, breeds):
     "What each U-Net learns from: (name, label of the stage, view, reader, published cell, epochs)."
     known = study.dataset.view('masks', 'trainval').with_masks()
@@ -465,7 +466,7 @@ def _taught(study, job, breeds):
             stored('CCAM + dense CRF', job['pseudo'], ()),
             (f'true masks of {len(known)} photos', 'truth-' + data_hash(known), known, known.read_mask, ('truth', 'U-Net'), study.s.truth_epochs)]
 
-# %% ../../nbs/50_study/04_pets.ipynb #75749afd
+# %% ../../nbs/50_study/04_pets.ipynb #b8952251
 def pets_3(study: PetsStudy)->tuple:   # `Table`, list of `Scored`
     "Table 3: one network for all or for each class, dense CRF, ensembles, and U-Nets trained on the results."
     s = study.s
@@ -484,7 +485,7 @@ def pets_3(study: PetsStudy)->tuple:   # `Table`, list of `Scored`
     return pets_table(rows, study.dataset, s, 'networks for all photos and for each class, dense CRF, ensembles, U-Nets on the masks of the training photos',
                       'U-Net rows: mean over the seeds, spread is best minus worst; void of the agreement counts as background.', 'networks, or what taught them'), rows
 
-# %% ../../nbs/50_study/04_pets.ipynb #df68804e
+# %% ../../nbs/50_study/04_pets.ipynb #c894f3ff
 def ccam_table(study: PetsStudy)->tuple:     # `Table`, stage name → `Run`, list of (step, trained on, `Result`)
     "CCAM → dense CRF → U-Net, beside full supervision and trivial answers, with the masks of the training photos."
     s, d, known = study.s, study.dataset, study.dataset.view('masks', 'trainval').with_masks()
@@ -497,7 +498,7 @@ def ccam_table(study: PetsStudy)->tuple:     # `Table`, stage name → `Run`, li
     results = _score(d, 'test', named, study.say) + _score(d, 'trainval', [('pseudo masks (training photos)', 'photos of pets', LabelStore(runs['pseudo']/'masks'))], study.say)
     return main_table(results, s, d), runs, results
 
-# %% ../../nbs/50_study/04_pets.ipynb #62f7ee35
+# %% ../../nbs/50_study/04_pets.ipynb #693eec94
 def keep_record(folder, study: PetsStudy, table: Table, rows=())->None:
     "Table, threshold sweeps and the records of all stages so far, for a page to show."
     folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
@@ -505,7 +506,7 @@ def keep_record(folder, study: PetsStudy, table: Table, rows=())->None:
     write_json(folder/'records.json', read_records(study.root))
     if rows: sweep_figure(rows).savefig(folder/'sweeps.jpg', dpi=90, pil_kwargs={'quality': 80})
 
-# %% ../../nbs/50_study/04_pets.ipynb #a2cafce1
+# %% ../../nbs/50_study/04_pets.ipynb #0a41a889
 PETS_TABLES = {'pets-1': pets_1, 'pets-2': pets_2, 'pets-3': pets_3}
 
 
@@ -525,7 +526,7 @@ def pets_study_table(
     say(f'\n{table}\n\ntable     {table.save(Path(root)/f"{which}-{s.profile}.json")}')
     return table
 
-# %% ../../nbs/50_study/04_pets.ipynb #3cfd7997
+# %% ../../nbs/50_study/04_pets.ipynb #3ff67ec4
 def sweep_figure(rows, column='method')->Figure:
     "Mean IoU of maps against the threshold; dot: the threshold by rule, star: the oracle. One panel for each `column` of the rows."
     rows = [r for r in rows if r.sweep is not None]
@@ -537,12 +538,12 @@ def sweep_figure(rows, column='method')->Figure:
         a, c = axes[names.index(getattr(r, column))], f'C{lines.index(getattr(r, other))}'
         a.plot(SWEEP, r.sweep, color=c, lw=1.3, label=getattr(r, other))
         a.plot(r.threshold, np.interp(r.threshold, SWEEP, r.sweep), 'o', color=c); a.plot(SWEEP[r.sweep.argmax()], r.sweep.max(), '*', color=c, ms=9, mec='k', mew=.5)
-    for n, a in zip(names, axes): a.set_title(n, fontsize=9); a.set_xlabel('threshold', fontsize=8); a.tick_params(labelsize=7); a.set(ylim=(0, 1)); a.spines[['top', 'right']].set_visible(False)
+    for n, a in zip(names, axes): a.set_title(fill(n, 24), fontsize=8.5); a.set_xlabel('threshold', fontsize=8); a.tick_params(labelsize=7); a.set(ylim=(0, 1)); a.spines[['top', 'right']].set_visible(False)
     axes[0].set_ylabel('IoU, mean over photos', fontsize=8)
     fig.legend([Line2D([], [], color=f'C{k}') for k in range(len(lines))], lines, fontsize=7, frameon=False, loc='outside right center')
     return fig
 
-# %% ../../nbs/50_study/04_pets.ipynb #3df5d7dd
+# %% ../../nbs/50_study/04_pets.ipynb #32a1b581
 def masks_sheet(study: PetsStudy, rows: dict, ids, path=None, width: int = 110)->Figure:
     "Photos, the masks of some rows (heading → `Scored`), and the truth, with the IoU of each."
     frames = {n: r.result.frame.iou for n, r in rows.items()}
