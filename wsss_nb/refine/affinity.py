@@ -13,8 +13,8 @@ __all__ = ['pair_labels', 'PathMaximum', 'edge_affinities', 'affinity_loss', 'Ed
 import json
 from functools import partial
 
-# %% ../../nbs/20_refine/04_affinity.ipynb #822a440e
-import numpy as np, torch, torch.nn.functional as F
+# %% ../../nbs/20_refine/04_affinity.ipynb #85e68f7d
+import torch, torch.nn.functional as F
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
 from fastai.learner import Learner
