@@ -15,7 +15,8 @@ import segmentation_models_pytorch as smp
 from torch import nn
 from torch.nn import functional as F
 from ..data.items import InputError
-from ..localize.backbones import DEFAULT_BACKBONE, PACKAGED, package_weights
+from ..localize.backbones import DEFAULT_BACKBONE, PACKAGED, create_backbone, package_weights
+from .deeplab import deeplab_v2, deeplab_v3plus, largefov
 
 # %% ../../nbs/30_segment/00_nets.ipynb #c861f662
 class SegmentNet(nn.Module):
@@ -132,20 +133,26 @@ class OriginalUNet(nn.Module):
         return self.outc(self.up1(self.up2(self.up3(y, x3), x2), x1))
 
 # %% ../../nbs/30_segment/00_nets.ipynb #f6decead
-ARCHITECTURES = ('original_unet', *smp.MODEL_ARCHITECTURES_MAPPING)
+ARCHITECTURES = ('original_unet', 'deeplab_largefov', 'deeplab_v2', *smp.MODEL_ARCHITECTURES_MAPPING)
+
+def _deeplab(arch, backbone, n_classes, pretrained, output_stride=8, **options):
+    "The two older DeepLabs, which are not of segmentation-models-pytorch."
+    if arch == 'deeplab_largefov': return largefov(n_classes, pretrained, **options)
+    return deeplab_v2(create_backbone(backbone, output_stride, pretrained), n_classes, output_stride, **options)
 
 def create_net(
     arch: str = 'unet',    # one of `ARCHITECTURES`
-    backbone: str = DEFAULT_BACKBONE,  # timm name of the encoder; not used by 'original_unet'
+    backbone: str = DEFAULT_BACKBONE,  # timm name of the encoder; not used by 'original_unet' and 'deeplab_largefov' (VGG-16)
     n_classes: int = 2,    # output channels, background included
     pretrained: bool = True,  # encoder with ImageNet weights
-    **options,             # decoder options of segmentation-models-pytorch, such as `decoder_channels`
+    **options,             # of the decoder: those of segmentation-models-pytorch, `group_norm` of 'deeplabv3plus', `output_stride` and those of `ASPP` of 'deeplab_v2'
 )->SegmentNet:             # logits float N×n_classes×H×W for x float N×3×H×W
     "A segmentation network; `InputError` for an unknown name or for weights out of reach."
     if arch == 'unet': options = {'decoder_channels': DECODER_CHANNELS, **options}
     config = dict(arch=arch, backbone=backbone, n_classes=n_classes, **{k: list(v) if isinstance(v, tuple) else v for k, v in options.items()})
     if arch not in ARCHITECTURES: raise InputError(arch, 'no such architecture', f'Take one of {", ".join(ARCHITECTURES)}.')
     if arch == 'original_unet': return SegmentNet(OriginalUNet(n_classes, **options), 1, config)
-    make = unet if arch == 'unet' else partial(smp.create_model, arch)
+    if arch in ('deeplab_largefov', 'deeplab_v2'): return SegmentNet(_deeplab(arch, backbone, n_classes, pretrained, **options), 8, config)
+    make = {'unet': unet, 'deeplabv3plus': deeplab_v3plus}.get(arch) or partial(smp.create_model, arch)
     net = _build(partial(make, encoder_name=f'tu-{backbone}', classes=n_classes, **options), backbone, pretrained)
     return SegmentNet(net, net.encoder.output_stride, config, least=128 if arch == 'pan' else 1)  # PAN pools three times at stride 16
