@@ -101,7 +101,7 @@ def test_intended_momentum_and_decay_are_torchs():
     recipe = ccam.find_recipe('intended')
     assert (recipe.momentum, recipe.weight_decay) == (.9, 1e-4)
     ours, theirs = a_head(), a_head()
-    learn = ccam._learner(ours, DataLoaders(DataLoader([], bs=1), DataLoader([], bs=1)), recipe, ccam._loss(recipe, None, False))
+    learn = ccam._learner(ours, DataLoaders(DataLoader([], bs=1), DataLoader([], bs=1)), recipe)
     learn.create_opt()
     learn.opt.set_hypers(lr=.1, wd=recipe.weight_decay)
     reference = torch.optim.SGD([theirs.head.conv.weight], lr=.1, momentum=.9, weight_decay=1e-4)

@@ -380,10 +380,10 @@ def _loss(recipe, targets, moved):
     if targets is not None and moved: raise ValueError('targets belong to images as they are: cache_features(…, mirror=False), or augment=False')
     return CCAMLoss(**how) if targets is None else TargetedCCAMLoss(targets, **how)
 
-def _learner(net, dls, recipe, loss):
-    "A Learner with the loss, the optimiser and the parameter groups of a recipe."
+def _learner(net, dls, recipe, loss=None):
+    "A Learner with the loss (without targets by default), the optimiser and the parameter groups of a recipe."
     opt = partial(SGD, mom=recipe.momentum, decouple_wd=False)
-    return Learner(dls, net, loss, opt_func=opt, splitter=partial(_groups, recipe), lr=_rates(recipe, net))
+    return Learner(dls, net, loss or _loss(recipe, None, False), opt_func=opt, splitter=partial(_groups, recipe), lr=_rates(recipe, net))
 
 # %% ../../nbs/10_localize/04_ccam.ipynb #22fbfe65
 def ccam_learner(
