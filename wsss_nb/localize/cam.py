@@ -10,7 +10,6 @@ __all__ = ['CamClassifier', 'cam_learner', 'train_classifier', 'pooled_features'
            'load_classifier']
 
 # %% ../../nbs/10_localize/02_cam.ipynb #b73ba997
-import json
 import numpy as np, torch, torch.nn.functional as F
 from fastai.data.core import DataLoaders
 from fastai.data.load import DataLoader
@@ -18,14 +17,13 @@ from fastai.learner import Learner
 from fastai.losses import BCEWithLogitsLossFlat, CrossEntropyLossFlat
 from fastai.metrics import accuracy, accuracy_multi
 from fastai.torch_core import params
-from safetensors.torch import load_file, save_file
 from torch import nn
 from tqdm import tqdm
 from ..data.blocks import resize, tag_names, tags_dls
-from ..data.items import InputError, atomic, read_image
+from ..data.items import InputError, read_image
 from ..data.store import Maps, MapStore
 from .backbones import DEFAULT_BACKBONE, create_backbone, stats
-from .training import fit, keep_memory, seed_everything
+from .training import fit, keep_memory, load_network, save_network, seed_everything
 
 # %% ../../nbs/10_localize/02_cam.ipynb #d2448feb
 class CamClassifier(nn.Module):
@@ -258,18 +256,11 @@ def save_classifier(
     config: dict,       # 'backbone', 'output_stride', 'n_outputs' and what else should be known
 )->None:
     "Write a classifier as safetensors and JSON."
-    with atomic(f'{folder}/classifier.safetensors') as tmp: save_file({k: v.cpu().contiguous() for k, v in learn.model.state_dict().items()}, tmp)
-    with atomic(f'{folder}/classifier.json') as tmp: tmp.write_text(json.dumps(config, indent=1))
+    save_network(learn.model, folder, 'classifier', config)
 
 # %% ../../nbs/10_localize/02_cam.ipynb #f446c07c
 def load_classifier(
     folder,             # written by `save_classifier`
 )->CamClassifier:       # in eval mode
     "Read a classifier; `InputError` when the files do not fit each other."
-    try:
-        c = json.loads(open(f'{folder}/classifier.json').read())
-        net = CamClassifier(create_backbone(c['backbone'], c['output_stride'], pretrained=False), c['n_outputs'])
-        net.load_state_dict(load_file(f'{folder}/classifier.safetensors'))
-    except Exception as e:
-        raise InputError(folder, f'not a readable classifier ({str(e).splitlines()[0] if str(e) else type(e).__name__})', 'Delete the folder and train again.') from e
-    return net.eval()
+    return load_network(folder, 'classifier', lambda c: CamClassifier(create_backbone(c['backbone'], c['output_stride'], pretrained=False), c['n_outputs']))

@@ -10,7 +10,6 @@ __all__ = ['pair_labels', 'PathMaximum', 'edge_affinities', 'affinity_loss', 'Ed
            'load_edges', 'feature_affinities', 'FeatureAffinity', 'pair_displacements', 'displacement_losses']
 
 # %% ../../nbs/20_refine/04_affinity.ipynb #3f3faa5f
-import json
 from functools import partial
 
 # %% ../../nbs/20_refine/04_affinity.ipynb #85e68f7d
@@ -21,19 +20,18 @@ from fastai.learner import Learner
 from fastai.optimizer import SGD
 from fastai.torch_core import default_device, params
 from fastcore.basics import patch
-from safetensors.torch import load_file, save_file
 from torch import nn
 from torch.autograd.function import once_differentiable
 from tqdm import tqdm
 
 # %% ../../nbs/20_refine/04_affinity.ipynb #c6f33136
 from ..data.blocks import mask_dls, resize
-from ..data.items import UNLABELLED, InputError, atomic, read_image, resize_mask
+from ..data.items import UNLABELLED, InputError, read_image, resize_mask
 from ..data.store import Maps, MapStore
 from ..localize.backbones import DEFAULT_BACKBONE, create_backbone, stats
 from ..localize.cam import _batches, _normalised
 from ..localize.ccam import PolySchedule
-from ..localize.training import fit, keep_memory, seed_everything
+from ..localize.training import fit, keep_memory, load_network, save_network, seed_everything
 from .walk import EDGE, directions, interior, path_ends, paths
 
 # %% ../../nbs/20_refine/04_affinity.ipynb #df0a77a3
@@ -292,20 +290,13 @@ def save_edges(
     config: dict,       # 'backbone' (timm name), 'output_stride', 'stride' and what else should be known
 )->None:
     "Write an edge network, its backbone included, as safetensors and JSON."
-    with atomic(f'{folder}/edges.safetensors') as tmp: save_file({k: v.cpu().contiguous() for k, v in learn.model.state_dict().items()}, tmp)
-    with atomic(f'{folder}/edges.json') as tmp: tmp.write_text(json.dumps(config, indent=1))
+    save_network(learn.model, folder, 'edges', config)
 
 def load_edges(
     folder,             # written by `save_edges`
 )->EdgeNet:             # in eval mode
     "Read an edge network; `InputError` when the files do not fit each other."
-    try:
-        c = json.loads(open(f'{folder}/edges.json').read())
-        net = create_edge_net(c['backbone'], c['output_stride'], False, c['stride'])
-        net.load_state_dict(load_file(f'{folder}/edges.safetensors'))
-    except Exception as e:
-        raise InputError(folder, f'not a readable edge network ({str(e).splitlines()[0] if str(e) else type(e).__name__})', 'Delete the folder and train again.') from e
-    return net.eval()
+    return load_network(folder, 'edges', lambda c: create_edge_net(c['backbone'], c['output_stride'], False, c['stride']), 'edge network')
 
 # %% ../../nbs/20_refine/04_affinity.ipynb #fc7a3877
 def feature_affinities(

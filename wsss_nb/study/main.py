@@ -68,12 +68,14 @@ PROFILES = {
 
 def profile_settings(
     profile: str|None = None,   # 'smoke', 'sample' or 'full'; $WSSS_PROFILE or 'sample' by default
-    **changes,                  # fields of `Settings`
+    profiles=None,              # name → settings; those of the main job by default
+    **changes,                  # fields of the settings
 )->Settings:
     "The settings of a profile."
     profile = profile or os.environ.get('WSSS_PROFILE') or 'sample'
-    if profile not in PROFILES: raise ValueError(f'no profile {profile!r}; there are {", ".join(PROFILES)}')
-    return replace(PROFILES[profile], **changes)
+    profiles = PROFILES if profiles is None else profiles
+    if profile not in profiles: raise ValueError(f'no profile {profile!r}; there are {", ".join(profiles)}')
+    return replace(profiles[profile], **changes)
 
 # %% ../../nbs/50_study/02_main.ipynb #acffcbae
 def _part(settings: Settings, *names)->dict:

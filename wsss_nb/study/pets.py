@@ -14,7 +14,7 @@ __all__ = ['PETS_PROFILES', 'KINDS', 'SWEEP', 'SOURCES', 'PUBLISHED', 'PETS_TABL
            'keep_record', 'pets_study_table', 'sweep_figure', 'masks_sheet']
 
 # %% ../../nbs/50_study/04_pets.ipynb #7058131e
-import os, shutil
+import shutil
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -35,7 +35,7 @@ from ..localize.ecs import ecs_targets, write_ecs_cams
 from ..refine.crf import write_pseudo_masks
 from ..refine.ensemble import ANY, WAYS, write_agreement, write_ensemble
 from ..refine.threshold import choose_threshold
-from .main import Settings, Trivial, _complain, _part, _score, classifier_stage, main_table, predict_stage, read_stored, segment_rounds, segment_stage
+from .main import Settings, Trivial, _complain, _part, _score, classifier_stage, main_table, predict_stage, profile_settings, read_stored, segment_rounds, segment_stage
 from .runs import Run, data_hash, hardware, read_records, run_stage, write_json
 from .tables import Published, Table
 
@@ -77,9 +77,7 @@ def pets_settings(
     **changes,                  # fields of `PetsSettings`
 )->PetsSettings:
     "The settings of a profile."
-    profile = profile or os.environ.get('WSSS_PROFILE') or 'sample'
-    if profile not in PETS_PROFILES: raise ValueError(f'no profile {profile!r}; there are {", ".join(PETS_PROFILES)}')
-    return replace(PETS_PROFILES[profile], **changes)
+    return profile_settings(profile, PETS_PROFILES, **changes)
 
 # %% ../../nbs/50_study/04_pets.ipynb #253e42ea
 KINDS = {'2': 'species', '37': 'breeds', '3': 'species + background', '38': 'breeds + background'}   # outputs on Oxford-IIIT Pet → name here
@@ -222,7 +220,6 @@ class Scored:
     result: Result
     family: str = 'ccam'    # whose formula the pets system would use: 'cam' or 'ccam'
     masks: object = None    # `LabelStore` of the test photos
-    maps: object = None     # `MapStore` of the test photos
     threshold: float|None = None
     sweep: np.ndarray|None = None   # mean IoU at each of `SWEEP`
     published: tuple = ()   # key of `PUBLISHED`
@@ -303,11 +300,11 @@ class PetsStudy:
         known = set(self.dataset.view('masks', 'test').with_masks().ids)
         self.test, self.hash, self.ids = test.keep(lambda o: o.id in known), data_hash(self.train), known
         if not known: raise InputError(data.path, 'no test photo has a mask', 'The tables are scored on them: add trimaps of some test photos.')
-        self.views = {'37': self.train}
-    def view(self, kind):
-        "The training photos under one of the four sets of names."
-        if kind not in self.views: self.views[kind] = self.data.dataset(kind).view('tags', 'trainval')
-        return self.views[kind]
+        self.datasets = {'37': self.dataset}
+    def view(self, kind, split='trainval'):
+        "Photos under one of the four sets of names."
+        if kind not in self.datasets: self.datasets[kind] = self.data.dataset(kind)
+        return self.datasets[kind].view('tags', split)
 
 # %% ../../nbs/50_study/04_pets.ipynb #dd04f22c
 def _again(view, like):
@@ -317,7 +314,7 @@ def _again(view, like):
 
 def _test_view(study, kind):
     "The scored test photos under one of the four sets of names."
-    return _again(study.test, study.data.dataset(kind).view('tags', 'test'))
+    return _again(study.test, study.view(kind, 'test'))
 
 def start_weights(study: PetsStudy, kind: str)->Start:
     "ImageNet weights, or those of a classifier with 2, 37, 3 or 38 outputs."
@@ -335,7 +332,7 @@ def score_maps(study: PetsStudy, method, start, train_maps: Run, train, test_map
     t, store = rule_threshold(train_maps, train, study.s), MapStore(test_maps/'maps')
     masks = LabelStore(masks_stage(study.root, study.test, test_maps, t, lambda text: None, study.workers)/'masks')
     row = score_masks(study, method, start, masks, family, published, more)
-    row.maps, row.threshold, row.sweep = store, t, map_sweep(store, study.dataset, row.result.ids)
+    row.threshold, row.sweep = t, map_sweep(store, study.dataset, row.result.ids)
     return row
 
 def trivial_rows(study: PetsStudy)->list:
