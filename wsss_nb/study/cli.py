@@ -13,14 +13,22 @@ from ..data.items import InputError
 
 # %% ../../nbs/50_study/09_cli.ipynb #90882229
 def _study(a):
-    "The main job on the sample or on a pets folder."
+    "The main job on the sample or on a pets folder; or a comparison of methods on scenes."
+    if a.methods: return _methods(a)
     from wsss_nb.data.pets import pets
     from wsss_nb.study.main import main_job, profile_settings, sample_pets
     s = profile_settings(a.profile, seed=a.seed)
     main_job(pets(a.pets, classes='breeds') if a.pets else sample_pets(s.profile, a.workers), a.output, s, workers=a.workers)
 
+def _methods(a):
+    "Methods from image tags on the rendered scenes or on VOC 2012."
+    from wsss_nb.study.scenes import scenes_settings, scenes_study_table
+    if a.pets: raise InputError(a.pets, '--pets does not go with --methods, which compares on photos of several classes', 'Give --voc PATH, or leave both out for the rendered scenes.')
+    s = scenes_settings(a.profile or ('full' if a.voc else None), seeds=(a.seed,))
+    scenes_study_table([m.strip() for m in a.methods.split(',') if m.strip()], a.voc, a.output, s, workers=a.workers)
+
 # %% ../../nbs/50_study/09_cli.ipynb #ae158ebf
-TABLES = ('pets-1', 'pets-2', 'pets-3')
+TABLES = ('pets-1', 'pets-2', 'pets-3', 'silop', 'sccam')
 
 def _folders(pairs, known)->dict:
     "`NAME=PATH` options as a dictionary; `InputError` for another name."
@@ -31,10 +39,18 @@ def _folders(pairs, known)->dict:
 
 def _table(a):
     "A table of the study."
+    if not a.which.startswith('pets'): return _scenes(a)
     folders = _folders(a.data, ('pets', 'background'))
     from wsss_nb.study.pets import pets_settings, pets_study_table
     s = pets_settings(a.profile or ('full' if 'pets' in folders else None), seed=a.seed, **({'seeds': tuple(a.seeds)} if a.seeds else {}))
     pets_study_table(a.which, folders.get('pets'), folders.get('background'), a.output, s, workers=a.workers)
+
+def _scenes(a):
+    "A table of the study of scenes."
+    from wsss_nb.study.scenes import scenes_settings, scenes_study_table
+    path = _folders(a.data, ('voc',)).get('voc')
+    s = scenes_settings(a.profile or ('full' if path else None), **({'seeds': tuple(a.seeds)} if a.seeds else {}))
+    scenes_study_table(a.which, path, a.output, s, workers=a.workers)
 
 # %% ../../nbs/50_study/09_cli.ipynb #750573f3
 def _segment(a):
@@ -98,10 +114,12 @@ def parser()->argparse.ArgumentParser:
     photos = 'photos', dict(metavar='PHOTOS', help='folder of photos')
     _command(sub, 'study', _study, 'The main job: tags → classifier → CAM → dense CRF → U-Net, beside full supervision and trivial answers.', profile,
              ('--pets', dict(metavar='PATH', default=None, help='a folder with Oxford-IIIT Pet instead of the rendered sample')),
+             ('--methods', dict(metavar='NAME,NAME', default=None, help='instead of the main job: compare cam, puzzle, sccam, silop on photos of several classes')),
+             ('--voc', dict(metavar='PATH', default=None, help='with --methods: a folder with VOC 2012 instead of the rendered scenes')),
              ('-o --output', dict(metavar='RUNS', default='runs', help='folder of the runs')))
     _command(sub, 'table', _table, 'A table of the study: our figures beside the published ones.', ('which', dict(choices=TABLES, help='which table')), profile,
-             ('--data', dict(metavar='NAME=PATH', action='append', default=[], help='pets=FOLDER with Oxford-IIIT Pet instead of the rendered sample (profile full), background=FOLDER of photos without pets')),
-             ('--seeds', dict(type=int, nargs='+', default=None, help='seeds of the segmentation networks; default: those of the profile')),
+             ('--data', dict(metavar='NAME=PATH', action='append', default=[], help='pets=FOLDER with Oxford-IIIT Pet or voc=FOLDER with VOC 2012 instead of the rendered sample (profile full), background=FOLDER of photos without pets')),
+             ('--seeds', dict(type=int, nargs='+', default=None, help='seeds of the segmentation networks, of everything in silop and sccam; default: those of the profile')),
              ('-o --output', dict(metavar='RUNS', default='runs', help='folder of the runs')))
     _command(sub, 'segment', _segment, 'Train a segmentation model on your own tagged photos.', photos, *_segment_options())
     _command(sub, 'predict', _predict, 'Masks and overlays of new photos.', ('model', dict(metavar='MODEL', help='folder written by wsss segment')), photos,

@@ -7,11 +7,11 @@ Docs: https://wsss-nb.github.io/wsss_nb/50_study/pets.html.md"""
 # %% auto #0
 __all__ = ['PETS_PROFILES', 'KINDS', 'SWEEP', 'SOURCES', 'PUBLISHED', 'PETS_TABLES', 'PetsSettings', 'Start', 'start_network',
            'pets_settings', 'PetsData', 'pets_data', 'pets_only', 'feature_table', 'ccam_stage', 'class_ccam_stage',
-           'maps_stage', 'ccam_maps', 'cam_maps', 'rule_view', 'rule_threshold', 'masks_stage', 'ccam_pseudo',
-           'ccam_job', 'Scored', 'map_sweep', 'source_metric', 'published', 'table_row', 'pets_table', 'PetsStudy',
-           'start_weights', 'score_masks', 'score_maps', 'trivial_rows', 'method_rows', 'drop_features', 'pets_1',
-           'pets_2', 'crf_row', 'class_rows', 'ensemble_rows', 'network_rows', 'seeds_row', 'pets_3', 'ccam_table',
-           'keep_record', 'pets_study_table', 'sweep_figure', 'masks_sheet']
+           'ccam_maps', 'cam_maps', 'rule_view', 'ccam_pseudo', 'ccam_job', 'Scored', 'map_sweep', 'source_metric',
+           'published', 'table_row', 'pets_table', 'PetsStudy', 'start_weights', 'score_masks', 'score_maps',
+           'trivial_rows', 'method_rows', 'drop_features', 'pets_1', 'pets_2', 'crf_row', 'class_rows', 'ensemble_rows',
+           'network_rows', 'seeds_row', 'pets_3', 'ccam_table', 'keep_record', 'pets_study_table', 'sweep_figure',
+           'masks_sheet']
 
 # %% ../../nbs/50_study/04_pets.ipynb #7058131e
 import shutil
@@ -32,10 +32,8 @@ from ..localize.backbones import stats
 from ..localize.cam import CamClassifier, imagenet_classifier, load_classifier, write_cams
 from ..localize.ccam import cache_features, create_ccam, load_ccam, save_ccam, train_ccam, train_class_ccams, write_ccams
 from ..localize.ecs import ecs_targets, write_ecs_cams
-from ..refine.crf import write_pseudo_masks
 from ..refine.ensemble import ANY, WAYS, write_agreement, write_ensemble
-from ..refine.threshold import choose_threshold
-from .main import Settings, Trivial, _complain, _part, _score, classifier_stage, main_table, predict_stage, profile_settings, read_stored, segment_rounds, segment_stage
+from .main import Settings, Trivial, _complain, _part, _score, classifier_stage, main_table, maps_stage, masks_stage, predict_stage, profile_settings, read_stored, rule_threshold, segment_rounds, segment_stage
 from .runs import Run, data_hash, hardware, read_records, run_stage, write_json
 from .tables import Published, Table
 
@@ -150,13 +148,6 @@ def class_ccam_stage(root, view, s: Settings, data, say):
     return run_stage(root, 'class_ccam', _ccam_config(s, start, data) | {'tags': data_hash(view)}, work, say)
 
 # %% ../../nbs/50_study/04_pets.ipynb #232caae9
-def maps_stage(root, name, view, s: Settings, config, write, say):
-    "Maps of a view by `write(view, store)`; a `Run` with a `MapStore` in `maps`."
-    def work(run):
-        _complain(write(view, MapStore(run/'maps')), run.folder)
-        return {'images': len(view)}
-    return run_stage(root, name, _part(s, 'size', 'cam_scales') | config | {'images': data_hash(view)}, work, say)
-
 def ccam_maps(root, view, s: Settings, ccam: Run, say, **config):
     "CCAM of a view; with a network for each class, that of the tags, or of the class that `classifier` predicts."
     classifier = config.pop('classifier', None)
@@ -182,18 +173,6 @@ def rule_view(view, s: PetsSettings):
     if len(ids) <= s.rule_images: return view
     some = {ids[k] for k in held_out(ids, s.rule_images / len(ids))}
     return view.keep(lambda o: o.id in some)
-
-def rule_threshold(maps: Run, view, s: PetsSettings)->float:
-    "The threshold of some maps by the one rule, from the training photos."
-    return round(choose_threshold(MapStore(maps/'maps'), view.ids, 'area', share=s.area), 4)
-
-def masks_stage(root, view, maps: Run, threshold, say, workers=None, **options):
-    "Masks from maps at a threshold, through a dense CRF where `options` ask for it; a `Run` with a `LabelStore` in `masks`."
-    config = {'maps': maps.hash, 'threshold': threshold, 'segment_of': view.segment_of} | (options or {'method': 'threshold'})
-    def work(run):
-        _complain(write_pseudo_masks(view, MapStore(maps/'maps'), LabelStore(run/'masks'), workers, **{k: v for k, v in config.items() if k not in ('maps', 'segment_of')}), run.folder)
-        return {'images': len(view)}
-    return run_stage(root, 'masks', config, work, say)
 
 # %% ../../nbs/50_study/04_pets.ipynb #3183b52e
 def ccam_pseudo(root, view, s: PetsSettings, say=print, workers=None)->dict:    # stage name → `Run`
