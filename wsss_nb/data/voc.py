@@ -332,7 +332,7 @@ def _fetch(
 )->Path:
     "Download, check and unpack an archive; what is there is kept."
     from torchvision.datasets.utils import download_and_extract_archive
-    path = Path(path).expanduser().absolute()
+    path = Path(path).expanduser()
     if (path/inside).is_dir(): return path/inside
     try:
         (path/inside).parent.mkdir(parents=True, exist_ok=True)
