@@ -6,11 +6,12 @@ Docs: https://wsss-nb.github.io/wsss_nb/00_data/pets.html.md"""
 
 # %% auto #0
 __all__ = ['TRIMAP', 'KINDS', 'read_list', 'read_trimap', 'read_box_xml', 'image_size', 'fit_boxes', 'scaled_boxes', 'held_out',
-           'pets', 'pet_truth', 'download_pets']
+           'pets', 'pet_truth', 'safe_tar', 'download_pets']
 
 # %% ../../nbs/00_data/02_pets.ipynb #3e806ba3
 import hashlib, tarfile
 from collections import Counter
+from contextlib import contextmanager
 from pathlib import Path
 from xml.etree import ElementTree
 
@@ -186,6 +187,14 @@ def pet_truth(
     w, h = image_size(item.image)
     return np.zeros((h, w), np.uint8) if item.mask is None and item.tags == () else read_trimap(item.mask, (h, w))
 
+# %% ../../nbs/00_data/02_pets.ipynb #a71c5afe
+@contextmanager
+def safe_tar():
+    "Within it, `tarfile` refuses members that lie outside the folder it unpacks to."
+    before, tarfile.TarFile.extraction_filter = getattr(tarfile.TarFile, 'extraction_filter', None), staticmethod(tarfile.data_filter)
+    try: yield
+    finally: tarfile.TarFile.extraction_filter = before
+
 # %% ../../nbs/00_data/02_pets.ipynb #e3989bad
 def download_pets(
     path,       # folder to unpack into; the archive is kept beside the unpacked folder
@@ -193,9 +202,8 @@ def download_pets(
     "Fetch Oxford-IIIT Pet through fastai; `InputError` with the way by hand when that fails."
     from fastai.data.external import URLs, untar_data
     path = Path(path).expanduser().absolute()
-    before, tarfile.TarFile.extraction_filter = getattr(tarfile.TarFile, 'extraction_filter', None), staticmethod(tarfile.data_filter)
-    try: return Path(untar_data(URLs.PETS, archive=path, data=path))
+    try:
+        with safe_tar(): return Path(untar_data(URLs.PETS, archive=path, data=path))
     except Exception as e:
         raise InputError(URLs.PETS, f'could not be fetched ({e})', f'Fetch it elsewhere (or images.tar.gz and annotations.tar.gz from '
             f'https://www.robots.ox.ac.uk/~vgg/data/pets/) and unpack it so that {path/"oxford-iiit-pet"} holds images/ and annotations/.') from e
-    finally: tarfile.TarFile.extraction_filter = before

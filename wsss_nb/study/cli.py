@@ -77,13 +77,24 @@ def _predict(a):
     return _skipped(predict_photos(a.model, a.photos, a.output, overlays=not a.no_overlays))
 
 def _data(a):
-    "Render the sample or fetch Oxford-IIIT Pet."
+    "Render the sample or fetch a data set."
     if a.which == 'sample':
         from wsss_nb.data.sample import sample
         print(f'sample   {sample(a.path, profile=a.profile, seed=a.seed, workers=a.workers)}')
+    elif a.which == 'voc': return _voc(a)
     else:
         from wsss_nb.data.pets import download_pets
         print(f'Oxford-IIIT Pet   {download_pets(a.path)}')
+
+def _voc(a):
+    "Fetch VOC 2012, and add SBD to it where that is asked for."
+    from wsss_nb.data.voc import add_sbd, download_sbd, download_voc, read_splits
+    folder = download_voc(a.path)
+    print(f'VOC 2012   {folder}')
+    if not a.sbd: return 0
+    bad = add_sbd(folder, download_sbd(a.path), a.workers)
+    print(f"SBD   {folder/'SegmentationClassAug'}, train_aug {len(read_splits(folder)['train_aug'])}")
+    return _skipped([problem for _, problem in bad])
 
 def _evaluate(a):
     "Scores of a folder of masks against true masks."
@@ -124,7 +135,8 @@ def parser()->argparse.ArgumentParser:
     _command(sub, 'segment', _segment, 'Train a segmentation model on your own tagged photos.', photos, *_segment_options())
     _command(sub, 'predict', _predict, 'Masks and overlays of new photos.', ('model', dict(metavar='MODEL', help='folder written by wsss segment')), photos,
              ('-o --output', dict(metavar='MASKS', default='masks', help='where the masks go')), ('--no-overlays', dict(action='store_true', help='masks only')))
-    _command(sub, 'data', _data, 'Render the sample, or fetch Oxford-IIIT Pet.', ('which', dict(choices=('sample', 'pets'))), ('path', dict(metavar='PATH', help='where to put it')), profile)
+    _command(sub, 'data', _data, 'Render the sample, or fetch Oxford-IIIT Pet or PASCAL VOC 2012.', ('which', dict(choices=('sample', 'pets', 'voc'))), ('path', dict(metavar='PATH', help='where to put it')), profile,
+             ('--sbd', dict(action='store_true', help='with voc: fetch SBD too, and add SegmentationClassAug and the list train_aug to VOC2012')))
     _command(sub, 'evaluate', _evaluate, 'Scores of predicted masks.', ('masks', dict(metavar='MASKS', help='predicted masks, PNG of class numbers')),
              ('truth', dict(metavar='TRUTH', help='true masks of the same names')), ('--trimaps', dict(action='store_true', help='TRUTH holds Oxford-IIIT Pet trimaps')))
     return top
