@@ -107,7 +107,7 @@ def test_killed_while_a_file_is_written(root, tmp_path, stage):
     assert {n: (out/n).stat().st_mtime_ns for n in times} == times             # not made again
 
 
-def slow_walks(root, out): walks(Path(root), Path(out), exp_times=11, workers=2)
+def slow_walks(root, out): walks(Path(root), Path(out), exp_times=9, workers=2)
 
 
 def test_killed_with_its_workers(tmp_path):
@@ -115,7 +115,7 @@ def test_killed_with_its_workers(tmp_path):
     root, out = tmp_path/'in', tmp_path/'out'
     root.mkdir()
     prepare(root, (48, 64))
-    assert walks(root, tmp_path/'whole', exp_times=11) == []
+    assert walks(root, tmp_path/'whole', exp_times=9) == []
     whole, p = contents(tmp_path/'whole'), start('slow_walks', root, out)
     while p.poll() is None and not contents(out): time.sleep(.01)
     killed = p.poll() is None
@@ -123,4 +123,4 @@ def test_killed_with_its_workers(tmp_path):
     p.wait()
     got = contents(out)
     assert got and got.items() <= whole.items() and (not killed or p.returncode == -signal.SIGKILL)
-    assert walks(root, out, exp_times=11) == [] and contents(out) == whole
+    assert walks(root, out, exp_times=9) == [] and contents(out) == whole
