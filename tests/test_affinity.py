@@ -15,8 +15,8 @@ from wsss_nb.data.store import MapStore
 from wsss_nb.data.voc import voc
 from wsss_nb.localize.backbones import create_backbone
 from wsss_nb.refine.affinity import (
-    EdgeLoss, FeatureAffinity, affinity_loss, create_edge_net, displacement_losses, edge_affinities, edge_learner, edge_map, edge_maps,
-    feature_affinities, load_edges, pair_displacements, pair_labels, save_edges, train_edges)
+    DisplacementBranch, EdgeLoss, FeatureAffinity, InstanceLoss, InstanceNet, affinity_loss, centre_displacements, create_edge_net, displacement_losses,
+    displacement_map, edge_affinities, edge_learner, edge_map, edge_maps, feature_affinities, load_edges, pair_displacements, pair_labels, save_edges, train_edges)
 from wsss_nb.refine.crf import agreement_labels, segment_labels
 from wsss_nb.refine.walk import directions, interior, path_affinities, path_ends, paths, write_walks
 
@@ -48,6 +48,8 @@ def test_pair_labels_and_losses_of_irn():
     fg, bg = (v.item() for v in displacement_losses(d, *labels[:2], 5))
     assert (fg, bg) == (pytest.approx(z['dp_fg_loss'], abs=1e-5), pytest.approx(z['dp_bg_loss'], abs=1e-5))
     assert affinity_loss(a, *labels).item() + (fg + bg) / 2 == pytest.approx(z['irn_total'], abs=2e-5)
+    outputs = torch.cat([tensor(z['edge']).logit(), d], 1)
+    assert InstanceLoss(5)(outputs, tensor(z['seg']).long()[None].expand(2, -1, -1)).item() == pytest.approx(z['irn_total'], abs=2e-5)
 
 
 def test_psa():
@@ -168,6 +170,7 @@ def test_training_changes_the_branch_and_nothing_else(view):
     before = {k: v.clone() for k, v in learn.model.state_dict().items()}
     assert sum(p.numel() for p in learn.splitter(learn.model)[0]) == sum(v.numel() for k, v in before.items() if not k.startswith('backbone'))
     with learn.no_bar(), learn.no_logging(): learn.fit(1, .05)
+    assert not torch.is_anomaly_enabled()
     for k, v in learn.model.state_dict().items(): assert torch.equal(v, before[k]) == k.startswith('backbone'), k
 
 
@@ -208,6 +211,119 @@ def test_no_image_is_cut(size):
     net = create_edge_net(pretrained=False)
     e = edge_map(net, torch.randn(1, 3, *size))
     assert e.shape == (1, -(-size[0] // 4), -(-size[1] // 4)) and ((e >= 0) & (e <= 1)).all()
+
+
+def test_padding_is_no_edge():
+    "An image of one colour is the same with or without a border to pad."
+    net = create_edge_net(pretrained=False)
+    small, large = (edge_map(net, torch.full((1, 3, h, w), .7)) for h, w in ((40, 50), (64, 64)))
+    assert torch.allclose(small, large[:, :10, :13], atol=1e-5)
+
+
+@pytest.mark.parametrize('size', [(64, 64), (64, 96)])
+def test_mirrored_image_mirrored_edges(size):
+    net, x = create_edge_net(pretrained=False), torch.randn(1, 3, *size)
+    assert torch.allclose(edge_map(net, x.flip(3)).flip(2), edge_map(net, x), atol=1e-5)
+
+
+def test_the_mean_of_both_is_on_one_grid():
+    "A width that the stride does not divide: the logits of the mirror image come back to the places that they are of."
+    net, x = create_edge_net(pretrained=False), torch.randn(1, 3, 40, 50)
+    padded = torch.nn.functional.pad(x, (0, 14, 0, 24), mode='replicate')
+    with torch.inference_mode(): expected = ((net(padded) + net(padded.flip(3)).flip(3)) / 2).sigmoid()[:, 0, :10, :13]
+    assert torch.equal(edge_map(net, x), expected)
+
+
+def test_an_image_without_tags_is_background():
+    image = np.random.default_rng(0).integers(0, 256, (16, 20, 3)).astype(np.uint8)
+    assert not agreement_labels(image, np.zeros((0, 16, 20), np.float32)).any()
+
+
+@pytest.mark.parametrize('momentum', [.9, 1e-4])
+def test_momentum_is_what_is_asked_for(view, momentum):
+    learn = edge_learner(view, blocks, momentum=momentum, **KW)
+    learn.create_opt()
+    assert learn.opt.hypers[0]['mom'] == momentum and learn.opt.hypers[0]['wd'] != momentum
+
+
+# Displacements
+
+def test_the_branch_of_irn():
+    "Widths, groups and joins for the stages of a ResNet-50; sizes; nothing of it is biased."
+    net = DisplacementBranch((64, 256, 512, 1024, 2048))
+    assert [(c.out_channels, g.num_groups) for c, g in net.stages] == [(64, 8), (128, 16), (256, 16), (256, 16), (256, 16)]
+    (a, g), ((b, h), _, c) = net.coarse, net.join
+    assert [(v.in_channels, v.out_channels) for v in (a, b, c)] == [(768, 256), (448, 256), (256, 2)] and g.num_groups == h.num_groups == 16
+    assert not any(m.bias is not None for m in net.modules() if isinstance(m, torch.nn.Conv2d))
+    sizes = (32, 32, 16, 8, 8)
+    d = net([torch.randn(2, s[0].in_channels, n, n + 4) for s, n in zip(net.stages, sizes)], (32, 36))
+    assert d.shape == (2, 2, 32, 36)
+
+
+@pytest.mark.parametrize('name, stages', [('tf_efficientnet_lite0', 5), ('resnet18', 5), ('convnext_atto', 4)])
+def test_displacements_of_any_backbone(name, stages):
+    net = create_edge_net(name, 32 if stages == 4 else 16, pretrained=False, instances=True)
+    assert isinstance(net, InstanceNet) and len(net.displacement.stages) == stages
+    assert net(torch.randn(1, 3, 64, 96)).shape == (1, 3, 16, 24)
+    x = torch.randn(1, 3, 37, 50)
+    assert displacement_map(net, x).shape == (1, 2, 10, 13) and edge_map(net, x).shape == (1, 10, 13)
+
+
+def test_displacements_learn_at_a_rate_of_their_own(view):
+    "Two groups, both trained, the backbone not; the rates fall from 0.1 and 1."
+    learn = edge_learner(view, blocks, instances=True, **KW)
+    before = {k: v.clone() for k, v in learn.model.state_dict().items()}
+    groups = learn.splitter(learn.model)
+    assert [sum(p.numel() for p in g) for g in groups] == [sum(v.numel() for k, v in before.items() if k.startswith(n) and k != 'displacement.mean') for n in (('stages', 'join'), 'displacement')]
+    learn = train_edges(view, blocks, 1, lr=.1, momentum=1e-4, instances=True, **KW)
+    assert learn.opt.hypers[1]['lr'] == pytest.approx(10 * learn.opt.hypers[0]['lr']) and 0 < learn.opt.hypers[0]['lr'] < .1
+    for k, v in learn.model.state_dict().items(): assert torch.equal(v, before[k]) == k.startswith('backbone'), k
+
+
+def test_the_mean_displacement_counts_every_image_once(view):
+    "Whatever the batches, the last and smaller one too; subtracted in evaluation mode only."
+    torch.manual_seed(0)
+    net = create_edge_net(pretrained=False, instances=True)
+    three = view.keep(lambda o: o.id in view.ids[:3])
+    means = []
+    for bs in (1, 2, 3):
+        assert centre_displacements(net, three, 64, bs) == []
+        means.append(net.displacement.mean.clone())
+    assert all(torch.allclose(m, means[0], atol=1e-5) for m in means) and means[0].abs().max() > 1e-3
+    x = torch.randn(1, 3, 64, 64)
+    with torch.no_grad():
+        centred = net(x)
+        net.displacement.mean.zero_()
+        assert torch.allclose(net(x)[:, 1:] - means[0][:, None, None], centred[:, 1:], atol=1e-6) and torch.equal(net(x)[:, :1], centred[:, :1])
+        net.displacement.mean.copy_(means[0])
+        assert torch.allclose(net.train()(x)[:, 1:], centred[:, 1:] + means[0][:, None, None], atol=1e-5)
+
+
+def test_trained_saved_and_resumed_with_its_mean(view, tmp_path):
+    backbone = create_backbone(pretrained=False)
+    def train(path=None): return train_edges(view, blocks, 2, path=path, backbone=backbone, instances=True, momentum=1e-4, **KW)
+    a, b = train(), train(tmp_path/'c.pth')
+    again = train(tmp_path/'c.pth')         # finished: only the mean is measured
+    assert torch.equal(weights(a), weights(b)) and torch.equal(weights(again), weights(b))
+    assert again.model.displacement.mean.abs().min() > 0
+    save_edges(b, tmp_path/'net', dict(backbone='tf_efficientnet_lite0', output_stride=16, stride=4, instances=True))
+    net, x = load_edges(tmp_path/'net'), torch.randn(1, 3, 40, 50)
+    assert isinstance(net, InstanceNet) and torch.equal(displacement_map(net, x), displacement_map(b.model.eval(), x))
+
+
+def test_the_loss_points_to_common_centres():
+    "From labels of two objects alone, displacements learned freely bring the pixels of each to one place of their own."
+    y = torch.zeros(1, 16, 32).long()
+    y[:, 3:13, 3:13], y[:, 3:13, 19:29] = 5, 6
+    torch.manual_seed(0)
+    z = torch.zeros(1, 3, 16, 32, requires_grad=True)
+    opt = torch.optim.Adam([z], .2)
+    loss = InstanceLoss(5)
+    for _ in range(150): opt.zero_grad(); loss(z, y).backward(); opt.step()
+    d = z.detach()[0, 1:].numpy()
+    for cols in (slice(3, 13), slice(19, 29)):
+        ends = (np.indices((16, 32)) + d)[:, 3:13, cols].reshape(2, -1)
+        assert ends.std(1).max() < 1 < np.indices((10, 10)).reshape(2, -1).std(1).min()
 
 
 def test_edge_maps_of_a_view(view, tmp_path):

@@ -1,6 +1,7 @@
 "PerimeterFit: the original's arrays, the exact fill against Pillow, regions inside against both, stores and hostile files."
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -13,6 +14,7 @@ from wsss_nb.data.store import LabelStore, Maps, MapStore
 from wsss_nb.data.voc import voc
 from wsss_nb.refine.perimeter import combine, original_flood, original_perimeterfit, perimeterfit, regions_inside, write_perimeterfit
 from wsss_nb.refine.regions import original_paint, perimeters
+from wsss_nb.refine.walk import EDGE, walk_maps, write_walks
 
 GOLDEN = Path(__file__).parent/'golden'
 tidy = settings(deadline=None, max_examples=60)
@@ -71,6 +73,23 @@ def test_the_exact_fill_is_pillows(seed, h, w, amplitude, tolerance, border):
     zero, before = rng.random((h, w)) < rng.random(), picture.copy()
     assert np.array_equal(original_flood(picture, zero, tolerance, border), pillow(picture, zero, tolerance, border))
     assert np.array_equal(picture, before)
+
+
+@pytest.mark.parametrize('row, kept', [
+    ([(60, 60, 60), (60, 60, 60), (52, 64, 64), (60, 60, 60)], [False, False, True, True]),     # only the fourth form tells the third apart; it is no bridge
+    ([(3, 3, 3), (60, 60, 60), (3, 3, 3)], [True, True, True]),             # nearly black is not filled
+    ([(60, 60, 60), (66, 60, 60), (72, 60, 60)], [False, False, True])])    # compared with the seed, not with the neighbour
+def test_what_a_fill_takes(row, kept):
+    picture, zero = np.uint8([row]), np.arange(len(row))[None] == 0
+    assert original_flood(picture, zero, border=True).tolist() == [kept] == pillow(picture, zero, border=True).tolist()
+
+
+def test_perimeters_are_cut_at_250_or_200():
+    "A stored perimeter of 230 counts for quickshift and not for SLIC."
+    painted, stored, values = np.full((3, 4, 3), 200, np.uint8), np.full((3, 4), 230, np.uint8), np.ones((1, 3, 4), np.float32)
+    values[0, 0, 0] = 0         # everything is washed away from here
+    assert not original_perimeterfit(painted, stored, values, 'slic').any()
+    assert original_perimeterfit(painted, stored, values, 'quick').all()
 
 
 def drawn(seed, h, w, labels=5):
@@ -141,6 +160,14 @@ def test_the_last_row_and_column():
 
 # Images without classes, hostile input
 
+def test_the_threshold_itself_is_zero():
+    "A map is zero up to the threshold, the threshold included; 0 is zero."
+    regions, values = np.array([[0, 0, 1, 1]]), np.array([[[.5, .6, .6, .7]]])
+    none = np.zeros(regions.shape, bool)
+    assert perimeterfit(regions, values, .5, none).tolist() == [[[False, False, True, True]]]
+    assert perimeterfit(regions, values - .5, 0, none).tolist() == [[[False, False, True, True]]]
+
+
 def test_an_image_without_classes():
     nothing = Maps([], np.zeros((0, 4, 6)))
     masks = [perimeterfit(np.zeros((8, 12), int), np.zeros((0, 8, 12)))] * 2
@@ -158,6 +185,53 @@ def test_sizes_that_do_not_fit():
     with pytest.raises(ValueError, match='need masks of shape'): combine(Maps([1], values), [])
     with pytest.raises(ValueError, match='half'): combine(Maps([1], values), [values], 'sum')
     with pytest.raises(ValueError, match='slic'): original_perimeterfit(None, None, None, 'watershed')
+
+
+@pytest.fixture
+def filled(tmp_path):
+    "A view of the sample with maps and two region maps for each item."
+    view = voc(sample(profile='smoke')/'voc'/'VOC2012').view('tags', 'train')
+    maps, regions, rng = MapStore(tmp_path/'maps'), [LabelStore(tmp_path/n) for n in 'ab'], np.random.default_rng(0)
+    for o in view:
+        maps.save(o.id, Maps(o.tags, rng.random((len(o.tags), 6, 8))))
+        for r in regions: r.save(o.id, np.kron(rng.integers(0, 4, (6, 8)), np.ones((4, 4), int)).astype(np.uint8))
+    return view, maps, regions
+
+
+def test_only_the_combined_maps_are_stored(filled, tmp_path):
+    "One file an image, arrays of plain numbers; and they are what the pieces give by hand."
+    view, maps, regions = filled
+    before, out = {p for p in tmp_path.rglob('*') if p.is_file()}, MapStore(tmp_path/'out')
+    assert write_perimeterfit(view, maps, regions, out, (.3, .1), 'max', workers=1) == []
+    assert {p for p in tmp_path.rglob('*') if p.is_file()} - before == {out.path(o.id) for o in view}
+    for o in view:
+        with np.load(out.path(o.id), allow_pickle=False) as z: assert (z['keys'].dtype, z['values'].dtype) == (np.int64, np.float16)
+        labels, m = [r.load(o.id) for r in regions], maps.load(o.id)
+        full = Maps(m.keys, np.array([cv2.resize(v, (32, 24)) for v in m.values]).reshape(-1, 24, 32))
+        expected = combine(full, [perimeterfit(l, full.values, t) for l, t in zip(labels, (.3, .1))], 'max')
+        assert np.allclose(out.load(o.id).values, expected.values, atol=1e-3)
+
+
+def test_the_thresholds_belong_to_slic_and_quickshift(filled, tmp_path):
+    "By default .05 for the first store and 0 for the second."
+    view, maps, regions = filled
+    for o in view: maps.save(o.id, Maps(o.tags, np.random.default_rng(2).choice([0, .04, .5, .9], (len(o.tags), 6, 8))))
+    outs = [MapStore(tmp_path/n) for n in ('default', 'named', 'other')]
+    for out, options in zip(outs, ({}, dict(thresholds=(.05, 0.)), dict(thresholds=(0., .05)))): assert write_perimeterfit(view, maps, regions, out, workers=1, **options) == []
+    default, named, other = ([out.load(o.id).values for o in view] for out in outs)
+    assert all(map(np.array_equal, default, named)) and not all(map(np.array_equal, default, other))
+
+
+def test_the_walk_reads_the_maps_it_is_given(filled, tmp_path):
+    "With or without PerimeterFit: both ways can be asked for, and they differ."
+    view, maps, regions = filled
+    edges, out, walked = MapStore(tmp_path/'edges'), MapStore(tmp_path/'out'), [MapStore(tmp_path/n) for n in ('plain', 'fitted')]
+    for o in view: edges.save(o.id, Maps([EDGE], np.random.default_rng(1).random((1, 12, 16))))
+    assert write_perimeterfit(view, maps, regions, out, (.3, .1), workers=1) == []
+    for source, target in zip((maps, out), walked):
+        assert write_walks(view, source, edges, target, workers=1, exp_times=2) == []
+        for o in view: assert np.allclose(target.load(o.id).values, walk_maps(source.load(o.id), edges.load(o.id).values[0], exp_times=2).values, atol=1e-3)
+    assert any(o.tags and not np.allclose(*(w.load(o.id).values for w in walked), atol=.01) for o in view)
 
 
 def test_stores_resumed_and_bad_files_named(tmp_path):

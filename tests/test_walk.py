@@ -167,6 +167,31 @@ def test_the_same_every_time():
     assert np.array_equal(random_walk(x, e), random_walk(x.copy(), e.copy()))
 
 
+def test_every_pixel_has_partners():
+    "Of a 12×14 grid without edges: psa's pixels have none to 60, padded ones 21 to 68."
+    a = path_affinities(np.zeros((12, 14)))
+    alone = from_interior(a[:, *interior((12, 14))].reshape(34, -1), (12, 14))
+    psa, ours = ((np.diff(affinity_matrix(v).indptr) - 1).reshape(12, 14) for v in (alone, a))
+    assert not psa[0, :4].any() and (psa.max(), ours.min(), ours.max()) == (60, 21, 68)
+
+
+def test_squaring_fills_the_matrix():
+    "Half as many steps, but more than twice as many entries; the result is the same."
+    m = transition(path_affinities(np.zeros((24, 32))))
+    assert (m @ m).nnz > 2 * m.nnz
+    x = np.random.default_rng(0).random((2, 24, 32))
+    assert np.allclose(walk(x, m, 2), walk(x, m @ m, 1), atol=1e-6)
+
+
+def test_keys_go_with_their_maps():
+    "Any class numbers in any order, 0 among them: each map is walked as if it were alone."
+    rng = np.random.default_rng(0)
+    v, e = rng.random((3, 7, 9)), rng.random((7, 9))
+    out = walk_maps(Maps([9, 0, 4], v), e, by='class')
+    assert out.keys.tolist() == [9, 0, 4]
+    for k, m in zip(out.keys, v): assert np.allclose(walk_maps(Maps([k], m[None]), e, by='class').values[0], out.values[out.keys == k][0], atol=1e-6)
+
+
 # Maps, empty and hostile
 
 def test_maps_of_any_size_and_none():

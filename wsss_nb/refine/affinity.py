@@ -7,7 +7,8 @@ Docs: https://wsss-nb.github.io/wsss_nb/20_refine/affinity.html.md"""
 # %% auto #0
 __all__ = ['pair_labels', 'PathMaximum', 'edge_affinities', 'affinity_loss', 'EdgeLoss', 'stage_features', 'EdgeNet',
            'create_edge_net', 'EdgeTable', 'edge_learner', 'train_edges', 'edge_map', 'edge_maps', 'save_edges',
-           'load_edges', 'feature_affinities', 'FeatureAffinity', 'pair_displacements', 'displacement_losses']
+           'load_edges', 'feature_affinities', 'FeatureAffinity', 'pair_displacements', 'displacement_losses',
+           'DisplacementBranch', 'InstanceNet', 'InstanceLoss', 'centre_displacements', 'displacement_map']
 
 # %% ../../nbs/20_refine/04_affinity.ipynb #3f3faa5f
 from functools import partial
@@ -105,13 +106,16 @@ class EdgeLoss(nn.Module):
     ):
         super().__init__()
         self.radius = radius
+    def pairs(self, size, labels):
+        "`pair_labels` on the grid of the network."
+        y = labels.as_subclass(torch.Tensor)
+        return pair_labels(F.interpolate(y[:, None].float(), size=size, mode='nearest-exact')[:, 0].long(), self.radius)
+    def edges(self, logits, pairs): return affinity_loss(edge_affinities(logits[:, 0].float().sigmoid(), self.radius), *pairs)
     def forward(self,
         logits: torch.Tensor,   # N×1×h×w
         labels: torch.Tensor,   # N×H×W, integers; taken to h×w by the nearest pixel
     )->torch.Tensor:
-        y = labels.as_subclass(torch.Tensor)
-        y = F.interpolate(y[:, None].float(), size=logits.shape[2:], mode='nearest-exact')[:, 0].long()
-        return affinity_loss(edge_affinities(logits[:, 0].float().sigmoid(), self.radius), *pair_labels(y, self.radius))
+        return self.edges(logits, self.pairs(logits.shape[2:], labels))
 
 # %% ../../nbs/20_refine/04_affinity.ipynb #afdcf2b5
 def stage_features(
@@ -165,6 +169,7 @@ def create_edge_net(
     output_stride: int = 16,    # image pixels per pixel of the last stage; for a name
     pretrained: bool = True,    # ImageNet weights; for a name
     stride: int = 4,            # image pixels per pixel of the edge map
+    instances: bool = False,    # with the branch of displacements: an `InstanceNet`
 )->EdgeNet:                     # in eval mode
     "An edge network with fresh weights; `InputError` for a backbone without stages."
     net = create_backbone(backbone, output_stride, pretrained) if isinstance(backbone, str) else backbone
@@ -172,7 +177,7 @@ def create_edge_net(
     try:
         with torch.no_grad(): channels = [f.shape[1] for f in stage_features(net.eval(), x)]
     except (AttributeError, ValueError, TypeError) as e: raise InputError(getattr(backbone, '__name__', backbone), 'gives no features of its stages', f'Take another timm network, such as {DEFAULT_BACKBONE}.') from e
-    return EdgeNet(net, channels, stride).eval()
+    return (InstanceNet if instances else EdgeNet)(net, channels, stride).eval()
 
 # %% ../../nbs/20_refine/04_affinity.ipynb #313abafc
 class EdgeTable:
@@ -214,22 +219,26 @@ def edge_learner(
     augment=False,              # False: features are computed once; True or an `Augment`: new crops every time
     momentum: float = .9,       # of SGD; the originals' is 1e-4, by mistake
     seed: int = 0,              # of the first weights
+    instances: bool = False,    # learn displacements too: an `InstanceNet` and its loss
 )->Learner:
     "An edge network as a fastai Learner."
     if size % 32: raise ValueError(f'size is {size}; it must be a multiple of 32')
     interior((-(-size // stride),) * 2, radius)         # refuses a radius that is too large for the grid
-    mean_std = stats(backbone) if isinstance(backbone, str) else _stats(backbone)
+    mean_std = _stats(backbone)
     seed_everything(seed)
-    net = create_edge_net(backbone, output_stride, pretrained, stride).to(default_device())
+    net = create_edge_net(backbone, output_stride, pretrained, stride, instances).to(default_device())
     if augment is False: dls = _table_dls(_edge_table(net, view, labels, size, bs, mean_std), bs)
     else: dls = mask_dls(view, labels, view.segment_classes, size, bs, mean_std, augment)
-    return Learner(dls, net, EdgeLoss(radius), opt_func=partial(SGD, mom=momentum, decouple_wd=False), splitter=_branch)
+    return Learner(dls, net, (InstanceLoss if instances else EdgeLoss)(radius), opt_func=partial(SGD, mom=momentum, decouple_wd=False), splitter=_branches)
 
 # %% ../../nbs/20_refine/04_affinity.ipynb #65ee26b1
-def _branch(net): return [params(net.stages) + params(net.join)]
+def _branches(net):
+    "Parameter groups: edges, displacements if there are any."
+    return [params(net.stages) + params(net.join)] + ([params(net.displacement)] if hasattr(net, 'displacement') else [])
 
 def _stats(backbone):
-    "Mean and standard deviation of a timm network."
+    "Mean and standard deviation that a timm name or network was trained with."
+    if isinstance(backbone, str): return stats(backbone)
     cfg = getattr(backbone, 'pretrained_cfg', None)
     return (tuple(cfg['mean']), tuple(cfg['std'])) if cfg else stats()
 
@@ -247,11 +256,18 @@ def train_edges(
     wd: float = 1e-4,           # weight decay
     seed: int = 0,              # with the configuration, determines the result
     path=None,                  # checkpoint: resumes from it
+    displacement_lr: float = 10,    # rate of the displacements' branch, times `lr`; IRN: 10
+    backbone=DEFAULT_BACKBONE,  # see `edge_learner`
+    size: int = 224,            # see `edge_learner`
     **kwargs,                   # of `edge_learner`
 )->Learner:
     "Train an edge network; resumes from `path` when it was interrupted."
-    learn = edge_learner(view, labels, seed=seed, **kwargs)
-    return fit(learn, epochs, lr, seed, wd, path, schedule=PolySchedule([lr], power))
+    learn = edge_learner(view, labels, backbone, size, seed=seed, **kwargs)
+    fit(learn, epochs, lr, seed, wd, path, schedule=PolySchedule(_rates(learn.model, lr, displacement_lr), power))
+    if isinstance(learn.model, InstanceNet): centre_displacements(learn.model, view, size, mean_std=_stats(backbone))
+    return learn
+
+def _rates(net, lr, displacement_lr): return [lr, lr * displacement_lr][:len(_branches(net))]
 
 # %% ../../nbs/20_refine/04_affinity.ipynb #0cc5af5d
 @torch.inference_mode()
@@ -287,16 +303,16 @@ def edge_maps(
 def save_edges(
     learn: Learner,     # from `edge_learner`
     folder,             # gets `edges.safetensors` and `edges.json`
-    config: dict,       # 'backbone' (timm name), 'output_stride', 'stride' and what else should be known
+    config: dict,       # 'backbone' (timm name), 'output_stride', 'stride', 'instances' if there are any, and what else should be known
 )->None:
     "Write an edge network, its backbone included, as safetensors and JSON."
     save_network(learn.model, folder, 'edges', config)
 
 def load_edges(
     folder,             # written by `save_edges`
-)->EdgeNet:             # in eval mode
+)->EdgeNet:             # in eval mode; an `InstanceNet` if it was one
     "Read an edge network; `InputError` when the files do not fit each other."
-    return load_network(folder, 'edges', lambda c: create_edge_net(c['backbone'], c['output_stride'], False, c['stride']), 'edge network')
+    return load_network(folder, 'edges', lambda c: create_edge_net(c['backbone'], c['output_stride'], False, c['stride'], c.get('instances', False)), 'edge network')
 
 # %% ../../nbs/20_refine/04_affinity.ipynb #fc7a3877
 def feature_affinities(
@@ -347,3 +363,68 @@ def displacement_losses(
     d = pair_displacements(displacement, radius)
     step = torch.as_tensor(path_ends(radius).T.copy(), dtype=d.dtype, device=d.device)[None, :, :, None, None]
     return tuple((v.abs() * where[:, None]).sum() / (2 * where.sum() + eps) for v, where in ((d - step, fg), (d, bg)))
+
+# %% ../../nbs/20_refine/04_affinity.ipynb #980b67d5
+def _reduced(i, o): return nn.Sequential(nn.Conv2d(i, o, 1, bias=False), nn.GroupNorm(8 if o == 64 else 16, o))
+
+class DisplacementBranch(nn.Module):
+    "Displacements from the stages of a backbone: the coarse ones joined first, then all (IRN)."
+    def __init__(self,
+        channels,               # of the stages, from fine to coarse; the last three are the coarse ones
+    ):
+        super().__init__()
+        widths = ((64,) * len(channels) + (128, 256, 256, 256))[-len(channels):]
+        self.stages = nn.ModuleList(_reduced(i, o) for i, o in zip(channels, widths))
+        self.coarse = _reduced(sum(widths[-3:]), 256)
+        self.join = nn.Sequential(_reduced(sum(widths[:-3]) + 256, 256), nn.ReLU(), nn.Conv2d(256, 2, 1, bias=False))
+        self.register_buffer('mean', torch.zeros(2))
+    def forward(self,
+        features,               # of all stages
+        size,                   # (h, w) of the result
+    )->torch.Tensor:            # N×2×h×w (down, right), pixels of that grid; minus `mean` in eval mode
+        f = [s(v) for s, v in zip(self.stages, features)]
+        fine, coarse = f[:-3], [_at(v, f[-3:][0].shape[2:]).relu() for v in f[-3:]]
+        out = self.join(torch.cat([_at(v, size).relu() for v in (*fine, self.coarse(torch.cat(coarse, 1)))], 1))
+        return out if self.training else out - self.mean[:, None, None]
+
+# %% ../../nbs/20_refine/04_affinity.ipynb #e7f76770
+class InstanceNet(EdgeNet):
+    "Edges and displacements from one frozen backbone (IRN): N×3×h×w, the logit of the edge first."
+    def __init__(self, backbone, channels, stride=4, width=32):
+        super().__init__(backbone, channels, stride, width)
+        self.displacement = DisplacementBranch(channels)
+    def head(self, features, size): return torch.cat([super().head(features, size), self.displacement(features, size)], 1)
+
+class InstanceLoss(EdgeLoss):
+    "The edges' loss plus half of each of the two `displacement_losses` (IRN)."
+    def forward(self,
+        outputs: torch.Tensor,  # N×3×h×w, of an `InstanceNet`
+        labels: torch.Tensor,   # N×H×W, integers; taken to h×w by the nearest pixel
+    )->torch.Tensor:
+        pairs = self.pairs(outputs.shape[2:], labels)
+        return self.edges(outputs, pairs) + sum(displacement_losses(outputs[:, 1:].float(), *pairs[:2], self.radius)) / 2
+
+# %% ../../nbs/20_refine/04_affinity.ipynb #b05b0d54
+@torch.no_grad()
+def centre_displacements(
+    net: InstanceNet,       # trained
+    view,                   # images to measure on: those of the training
+    size: int = 224,        # images are squashed to size×size
+    bs: int = 16,           # images per step
+    mean_std=stats(),       # of the backbone
+)->list:                    # (id, problem) of unreadable images
+    "Measure the mean displacement, each image once; the network subtracts it from then on."
+    net.eval(); mean, means, bad = net.displacement.mean.zero_(), [], []
+    for _, x in _batches(list(view), size, bs, mean_std, mean.device, 'mean displacement', bad): means.append(net(x)[:, 1:].mean((2, 3)))
+    if means: mean.copy_(torch.cat(means).mean(0))
+    return bad
+
+@torch.inference_mode()
+def displacement_map(
+    net: InstanceNet,   # trained, in eval mode
+    x: torch.Tensor,    # normalised images of any size, float32 N×3×H×W
+)->torch.Tensor:        # N×2×⌈H/stride⌉×⌈W/stride⌉ (down, right), pixels of that grid
+    "Displacements of a batch of images of any size."
+    h, w = x.shape[2:]
+    z = net(F.pad(x, (0, -w % 32, 0, -h % 32), mode='replicate'))
+    return z[:, 1:, :-(-h // net.stride), :-(-w // net.stride)]
