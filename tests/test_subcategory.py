@@ -4,7 +4,6 @@ import signal
 import subprocess
 import sys
 import textwrap
-import time
 from dataclasses import replace
 from pathlib import Path
 
@@ -349,25 +348,30 @@ def test_rounds(undisturbed, view):
 
 
 @pytest.mark.skipif(os.name != 'posix', reason='needs SIGKILL')
-def test_killed_in_any_round_and_resumed_is_bitwise_the_same(undisturbed, tmp_path):
-    "SIGKILL in round 0, after the sorting of round 1, and in the middle of round 2's epochs."
+def test_killed_in_any_round_and_resumed_is_bitwise_the_same(undisturbed, view, tmp_path):
+    "SIGKILL at the moment when a file gets its name: the end of round 0, the labels of round 1, the second epoch of round 2."
     folder = tmp_path/'rounds'
     code = textwrap.dedent(f"""
+        import os, signal, sys
+        file, left = sys.argv[1], int(sys.argv[2])
+        def watch(event, args):
+            global left
+            if event == 'os.rename' and str(args[1]).endswith(file):
+                left -= 1
+                if not left: os.kill(os.getpid(), signal.SIGKILL)
+        sys.addaudithook(watch)
         from wsss_nb.data.sample import sample
         from wsss_nb.data.voc import voc
         from wsss_nb.localize.subcategory import train_subcategories
         view = voc(sample(profile='smoke')/'voc/VOC2012').view('tags', 'train')
         train_subcategories(view, {str(folder)!r}, **{TINY!r})""")
-    def start(): return subprocess.Popen([sys.executable, '-c', code], stdout=subprocess.DEVNULL, stderr=subprocess.PIPE, text=True, env={**os.environ, 'OMP_NUM_THREADS': str(torch.get_num_threads())})
-    killed = []
-    for file in ('round0/checkpoint.pth', 'round1/labels.npz', 'round2/checkpoint.pth'):
-        child, until = start(), time.time() + 120
-        while not (folder/file).exists() and child.poll() is None and time.time() < until: time.sleep(.002)
-        child.send_signal(signal.SIGKILL); child.communicate()
-        killed.append(not list((folder/file).parent.glob('*.json')))      # the round was not finished
-    assert killed == [True] * 3 and (folder/'round2/checkpoint.pth').exists() and (folder/'round1/subcategories.json').exists()
-    child = start()
-    assert child.wait(120) == 0, child.stderr.read()
+    environment = {**os.environ, 'OMP_NUM_THREADS': str(torch.get_num_threads())}
+    for file, nth in (('round0/classifier.json', 1), ('round1/labels.npz', 1), ('round2/checkpoint.pth', 2)):
+        child = subprocess.run([sys.executable, '-c', code, file, str(nth)], capture_output=True, text=True, env=environment, timeout=300)
+        assert child.returncode == -signal.SIGKILL, child.stderr
+        assert (folder/file).exists() == (nth > 1)
+    assert (folder/'round1/subcategories.json').exists() and not (folder/'round2/subcategories.json').exists()
+    train_subcategories(view, folder, **TINY)
     ours, theirs = contents(folder), contents(undisturbed[0])
     assert set(ours) == set(theirs) and [f for f in ours if ours[f] != theirs[f]] == []
 
