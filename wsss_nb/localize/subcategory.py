@@ -73,7 +73,7 @@ def cluster_classes(
         out[present[:, c], c] = cluster_class(features[present[:, c]], k, seed, n_init)
     return out
 
-# %% ../../nbs/10_localize/06_subcategory.ipynb #009ab74b
+# %% ../../nbs/10_localize/06_subcategory.ipynb #fe0d57b7
 def label_rows(
     clusters: np.ndarray,   # int N×C, from `cluster_classes`
     k: int,                 # heaps of a class
@@ -82,7 +82,7 @@ def label_rows(
     rows = np.zeros((*clusters.shape, k), np.float32)
     n, c = np.nonzero(clusters >= 0)
     rows[n, c, clusters[n, c]] = 1
-    return rows.reshape(len(clusters), -1)
+    return rows.reshape(len(clusters), clusters.shape[1] * k)
 
 # %% ../../nbs/10_localize/06_subcategory.ipynb #315a873a
 @dataclass
