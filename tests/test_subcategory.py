@@ -200,13 +200,13 @@ def test_order_of_relu_flip_upsampling_and_mask():
     "Trap T12: the original enlarges first, flips back and leaves out classes later; the sum is the same."
     torch.manual_seed(0)
     net = SubcategoryClassifier(create_backbone(pretrained=False), 4, 3).eval()
-    x, scales, keep = torch.randn(1, 3, 64, 96), (1., .5, 2.), [1, 3]
+    x, scales, keep = torch.randn(1, 3, 64, 128), (1., .5, 2.), [1, 3]
     total = submap_sums(net, x, scales)
     expected = 0
     with torch.inference_mode():
         for s in scales:
             for flip in (False, True):
-                v = F.interpolate(x, size=[int(64 * s), int(96 * s)], mode='bilinear', align_corners=False)
+                v = F.interpolate(x, size=[int(64 * s), int(128 * s)], mode='bilinear', align_corners=False)
                 m = net.submaps(v.flip(3) if flip else v)[0].relu()
                 m = F.interpolate(m, size=total.shape[-2:], mode='bilinear', align_corners=False)
                 expected = expected + (m.flip(3) if flip else m)
