@@ -217,3 +217,11 @@ def test_void_in_a_prediction_counts_where_it_is_told():
     p, t = np.array([[255, 255, 1]], np.uint8), np.array([[0, 1, 255]], np.uint8)
     np.testing.assert_array_equal(pair_counts(p, t, 2, void_as=0), [[1, 0], [1, 0], [0, 1]])
     with pytest.raises(ValueError, match='differ'): Confusion(2) + Confusion(3)
+
+
+def test_counts_are_64_bit():
+    "More pixels of one class than 32 bits hold: 2^33 of them, from the data set of a merge."
+    one = Confusion(2).add(np.zeros((2, 4), np.uint8), np.zeros((2, 4), np.uint8))
+    one.counts *= 2**30
+    both = one + Confusion(2).add(np.ones((1, 1), np.uint8), np.ones((1, 1), np.uint8))
+    assert both.matrix.tolist() == [[2**33, 0], [0, 1]] and both.scores()['miou'] == 1

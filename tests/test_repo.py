@@ -9,7 +9,7 @@ import shutil
 import subprocess
 import sys
 from configparser import ConfigParser
-from importlib.metadata import distribution
+from importlib.metadata import distribution, packages_distributions
 from pathlib import Path
 
 import pytest
@@ -46,6 +46,17 @@ def settings():
 def test_the_installed_version_is_that_of_settings():
     import wsss_nb
     assert wsss_nb.__version__ == distribution('wsss_nb').version == settings()['package']['version']
+
+
+def test_every_import_is_declared():
+    "What the library imports is among the requirements, not merely somebody else's requirement."
+    def plain(requirement): return re.split(r'[\[><=!~ ]', requirement)[0].lower().replace('_', '-')
+    trees = [ast.parse(p.read_text(encoding='utf-8')) for p in (ROOT/'wsss_nb').rglob('*.py')]
+    nodes = [n for t in trees for n in ast.walk(t)]
+    found = {a.name for n in nodes if isinstance(n, ast.Import) for a in n.names} | {n.module for n in nodes if isinstance(n, ast.ImportFrom) and not n.level}
+    modules = {f.split('.')[0] for f in found} - set(sys.stdlib_module_names) - {'wsss_nb'}
+    declared, owners = {plain(r) for r in settings()['package']['requirements'].split()}, packages_distributions()
+    assert {m for m in modules if not declared & {plain(d) for d in owners[m]}} == set()
 
 
 def test_no_fact_stands_in_two_files():
