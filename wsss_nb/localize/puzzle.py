@@ -8,11 +8,11 @@ Docs: https://wsss-nb.github.io/wsss_nb/10_localize/puzzle.html.md"""
 __all__ = ['DISTANCES', 'RECONSTRUCTIONS', 'tile', 'merge', 'reconstruction_loss', 'cam_form', 'puzzle_terms', 'entropy',
            'alpha_at', 'Puzzle', 'puzzle_learner', 'nesterov_step', 'nesterov_sgd', 'train_puzzle', 'original_cams']
 
-# %% ../../nbs/10_localize/05_puzzle.ipynb #7b914c8b
+# %% ../../nbs/10_localize/05_puzzle.ipynb #8c13ce67
 from functools import partial
 from math import isqrt
 
-# %% ../../nbs/10_localize/05_puzzle.ipynb #471fc8b1
+# %% ../../nbs/10_localize/05_puzzle.ipynb #881a8fae
 import torch, torch.nn.functional as F
 from fastai.callback.core import Callback
 from fastai.learner import Learner
@@ -24,7 +24,7 @@ from .cam import _unflip, cam_learner, normalise_maps
 from .ccam import PolySchedule
 from .training import fit
 
-# %% ../../nbs/10_localize/05_puzzle.ipynb #22c9557c
+# %% ../../nbs/10_localize/05_puzzle.ipynb #5cb26e6e
 def _side(pieces):
     "Pieces along each side."
     n = isqrt(max(0, int(pieces)))
@@ -42,7 +42,7 @@ def tile(
     N, C, H, W = x.shape
     return x.reshape(N, C, n, H // n, n, W // n).permute(2, 4, 0, 1, 3, 5).reshape(pieces * N, C, H // n, W // n)
 
-# %% ../../nbs/10_localize/05_puzzle.ipynb #2ba5d36d
+# %% ../../nbs/10_localize/05_puzzle.ipynb #3eda1b52
 def merge(
     tiles: torch.Tensor,    # (pieces·N)×C×h×w, in the order of `tile`
     pieces: int = 4,        # a square number
@@ -56,7 +56,7 @@ def merge(
     if H > n * h or W > n * w: raise ValueError(f'the pieces make {n * h}×{n * w}, {H}×{W} is wanted: were they cut with the stride of the map?')
     return whole[..., :H, :W]
 
-# %% ../../nbs/10_localize/05_puzzle.ipynb #f685c150
+# %% ../../nbs/10_localize/05_puzzle.ipynb #302f31f2
 DISTANCES = {'l1': F.l1_loss, 'l2': F.mse_loss}
 RECONSTRUCTIONS = ('masking', 'selection', 'none')
 
@@ -73,7 +73,7 @@ def reconstruction_loss(
     if reconstruction == 'masking': return (d * present).mean()
     return ((d * present).sum(1) / present.sum(1).clamp(min=1)).mean()
 
-# %% ../../nbs/10_localize/05_puzzle.ipynb #5b712c62
+# %% ../../nbs/10_localize/05_puzzle.ipynb #b5360404
 def cam_form(
     maps: torch.Tensor, # …×h×w
     eps: float = 1e-5,  # taken from the positive part, added to its maximum
@@ -82,7 +82,7 @@ def cam_form(
     r = maps.relu()
     return (r - eps).relu() / (r.amax((-2, -1), keepdim=True) + eps)
 
-# %% ../../nbs/10_localize/05_puzzle.ipynb #76b13a74
+# %% ../../nbs/10_localize/05_puzzle.ipynb #b52f5aa3
 def puzzle_terms(
     maps: torch.Tensor,     # of the whole images, N×C×h×w
     merged: torch.Tensor,   # of their pieces, N×C×h×w
@@ -98,7 +98,7 @@ def puzzle_terms(
     present = F.one_hot(y, maps.shape[1]) if y.ndim == 1 else y
     return loss_func(merged.mean((2, 3)) + bias, y), reconstruction_loss(maps, merged, present, reconstruction, distance)
 
-# %% ../../nbs/10_localize/05_puzzle.ipynb #d470ad79
+# %% ../../nbs/10_localize/05_puzzle.ipynb #2474c78a
 def entropy(
     p: torch.Tensor,    # probabilities, N×C
     eps: float = 1e-5,  # added inside the logarithm
@@ -106,7 +106,7 @@ def entropy(
     "−Σ p log p over the classes, mean over the rows."
     return -(p * (p + eps).log()).sum(1).mean()
 
-# %% ../../nbs/10_localize/05_puzzle.ipynb #4095f9d4
+# %% ../../nbs/10_localize/05_puzzle.ipynb #2a0bd809
 def alpha_at(
     step: int,          # steps done
     steps: int,         # of the whole training
@@ -116,7 +116,7 @@ def alpha_at(
     "Weight of the reconstruction loss."
     return alpha if ramp == 0 else min(alpha * step / (steps * ramp), alpha)
 
-# %% ../../nbs/10_localize/05_puzzle.ipynb #2648843b
+# %% ../../nbs/10_localize/05_puzzle.ipynb #2f632e53
 class Puzzle(Callback):
     "Adds the losses of Puzzle-CAM to a learner of a `CamClassifier`, in training only."
     run_valid = False
@@ -137,7 +137,7 @@ class Puzzle(Callback):
         store_attr()
     def before_fit(self): self.history = []
 
-# %% ../../nbs/10_localize/05_puzzle.ipynb #6cbab5f9
+# %% ../../nbs/10_localize/05_puzzle.ipynb #f84a2de4
 @patch
 def before_batch(self: Puzzle):
     net = getattr(self.model, 'module', self.model)
@@ -151,7 +151,7 @@ def after_pred(self: Puzzle):
     maps, self.learn.pred, tiles, said = self.pred
     self.seen = [t.as_subclass(torch.Tensor).float() for t in (maps, merge(tiles, self.pieces, maps.shape[2:]), said)]
 
-# %% ../../nbs/10_localize/05_puzzle.ipynb #10289cf8
+# %% ../../nbs/10_localize/05_puzzle.ipynb #b50a485b
 @patch
 def after_loss(self: Puzzle):
     (maps, merged, said), self.seen, bias = self.seen, None, getattr(self.model, 'module', self.model).head.bias
@@ -163,14 +163,14 @@ def after_loss(self: Puzzle):
     self.learn.loss_grad = self.loss_grad + again + alpha * distance + self.confidence * unsure
     self.learn.loss = self.loss_grad.clone()
 
-# %% ../../nbs/10_localize/05_puzzle.ipynb #c2db8ee2
+# %% ../../nbs/10_localize/05_puzzle.ipynb #7b6c0328
 @patch
 def curves(self: Puzzle)->dict: # name → float32, one number a step of the last fit
     "The classifier's loss, the pieces', the reconstruction loss (before its weight), the entropy, and α."
     steps = torch.stack(self.history).cpu().numpy() if self.history else torch.zeros(0, 5).numpy()
     return dict(zip(('whole', 'pieces', 'reconstruction', 'entropy', 'alpha'), steps.T))
 
-# %% ../../nbs/10_localize/05_puzzle.ipynb #0f7b3b41
+# %% ../../nbs/10_localize/05_puzzle.ipynb #b45263a1
 def puzzle_learner(
     view,                       # `View` with tags
     backbone: str = DEFAULT_BACKBONE,   # timm name
@@ -195,7 +195,7 @@ def puzzle_learner(
     learn.add_cb(puzzle)
     return learn
 
-# %% ../../nbs/10_localize/05_puzzle.ipynb #4d46a6f1
+# %% ../../nbs/10_localize/05_puzzle.ipynb #0a821380
 def nesterov_step(p, lr, mom, grad_avg, **kwargs):
     "Step along the gradient and the momentum after it."
     p.data.add_(p.grad.data + mom * grad_avg, alpha=-lr)
@@ -209,7 +209,7 @@ def nesterov_sgd(
     "Stochastic gradient descent with Nesterov's momentum, as PyTorch does it."
     return Optimizer(params, [l2_reg, average_grad, nesterov_step], lr=lr, mom=mom, wd=wd)
 
-# %% ../../nbs/10_localize/05_puzzle.ipynb #cd1d24fe
+# %% ../../nbs/10_localize/05_puzzle.ipynb #8701ad72
 def _four_groups(model):
     "Weights and biases of the backbone, weights and biases of the head, by their names."
     groups = [], [], [], []
@@ -233,7 +233,7 @@ def train_puzzle(
     rates = [lr, 2 * lr, 10 * lr, 20 * lr]
     return fit(learn, epochs, rates, seed, [wd, 0, wd, 0], path, schedule=PolySchedule(rates, power))
 
-# %% ../../nbs/10_localize/05_puzzle.ipynb #97b00ced
+# %% ../../nbs/10_localize/05_puzzle.ipynb #121e21d8
 @torch.inference_mode()
 def original_cams(
     model,              # `CamClassifier` in eval mode
