@@ -75,6 +75,8 @@ def test_sccam_and_methods_share_the_runs(first, photos, capsys):
     (['study', '--methods', 'silop', '--voc', '/nowhere'], 'no such folder'),
     (['table', 'silop', '--data', 'pets=x'], 'NAME is one of voc'),
     (['table', 'sccam', '--data', 'voc=/nowhere'], 'no such folder'),
+    (['table', 'sccam', '--profile', 'paper'], '--data voc=FOLDER'),
+    (['table', 'pets-1', '--profile', 'paper'], 'smoke, sample or full'),
 ])
 def test_bad_arguments(arguments, says, capsys, tmp_path):
     assert main([*arguments, '-o', str(tmp_path)]) == 1

@@ -211,9 +211,9 @@ def nesterov_sgd(
 
 # %% ../../nbs/10_localize/05_puzzle.ipynb #8701ad72
 def _four_groups(model):
-    "Weights and biases of the backbone, weights and biases of the head, by their names."
+    "Weights and biases of the backbone, weights and biases of the head or heads, by their names."
     groups = [], [], [], []
-    for name, p in model.named_parameters(): groups[2 * name.startswith('head.') + ('weight' not in name)].append(p)
+    for name, p in model.named_parameters(): groups[2 * name.split('.')[0].endswith('head') + ('weight' not in name)].append(p)
     return [*groups]
 
 def train_puzzle(
@@ -225,10 +225,11 @@ def train_puzzle(
     power: float = .9,      # of the falling rate
     seed: int = 0,          # with the configuration, determines the result
     path=None,              # checkpoint: resumes from it
-    **kwargs,               # of `puzzle_learner`
+    learner=puzzle_learner, # makes the learner, of a view and a seed; psa, IRN and SC-CAM train theirs alike
+    **kwargs,               # of `learner`
 )->Learner:
     "Train a Puzzle-CAM classifier by the optimiser and the schedule of the publication's code."
-    learn = puzzle_learner(view, seed=seed, **kwargs)
+    learn = learner(view, seed=seed, **kwargs)
     learn.opt_func, learn.splitter, learn.wd_bn_bias = partial(nesterov_sgd, mom=momentum), _four_groups, True
     rates = [lr, 2 * lr, 10 * lr, 20 * lr]
     return fit(learn, epochs, rates, seed, [wd, 0, wd, 0], path, schedule=PolySchedule(rates, power))

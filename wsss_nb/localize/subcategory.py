@@ -348,11 +348,12 @@ def train_subcategories(
     bs: int = 32,               # images per step
     output_stride: int = 16,    # image pixels per map pixel
     start: CamClassifier|None = None,   # round 0, of the same backbone; trained when not given
+    train=train_classifier,     # trains a round, with the arguments of `train_classifier`
 )->list:                        # networks of all rounds, the `CamClassifier` first; in eval mode
     "Sort, train, sort again: all rounds of SC-CAM in one call that can be repeated (Chang et al. 2020)."
     folder, shape = Path(folder), dict(backbone=backbone, size=size, bs=bs, output_stride=output_stride)
     _open_folder(folder, _settings(view, start, dict(k=k, epochs=epochs, lr=lr, seed=seed, weight=weight, **shape)))
-    train = partial(train_classifier, view, epochs, lr, seed, **shape)
+    train = partial(train, view, epochs, lr, seed=seed, **shape)
     config = dict(backbone=backbone, output_stride=output_stride, n_outputs=len(tag_names(view)))
     nets = [start.eval() if start is not None else _finish(folder/'round0', 'classifier', train, partial(save_classifier, config=config), load_classifier)]
     for r in range(1, rounds + 1):

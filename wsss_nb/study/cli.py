@@ -40,6 +40,7 @@ def _folders(pairs, known)->dict:
 def _table(a):
     "A table of the study."
     if not a.which.startswith('pets'): return _scenes(a)
+    if a.profile == 'paper': raise InputError('paper', 'is a profile of silop and sccam', 'Choose smoke, sample or full.')
     folders = _folders(a.data, ('pets', 'background'))
     from wsss_nb.study.pets import pets_settings, pets_study_table
     s = pets_settings(a.profile or ('full' if 'pets' in folders else None), seed=a.seed, **({'seeds': tuple(a.seeds)} if a.seeds else {}))
@@ -47,9 +48,10 @@ def _table(a):
 
 def _scenes(a):
     "A table of the study of scenes."
-    from wsss_nb.study.scenes import scenes_settings, scenes_study_table
-    path = _folders(a.data, ('voc',)).get('voc')
-    s = scenes_settings(a.profile or ('full' if path else None), **({'seeds': tuple(a.seeds)} if a.seeds else {}))
+    from wsss_nb.study.scenes import paper_settings, scenes_settings, scenes_study_table
+    path, seeds = _folders(a.data, ('voc',)).get('voc'), {'seeds': tuple(a.seeds)} if a.seeds else {}
+    if a.profile == 'paper' and not path: raise InputError('paper', 'is a profile for VOC 2012', 'Give its folder: --data voc=FOLDER.')
+    s = paper_settings(a.which, **seeds) if a.profile == 'paper' else scenes_settings(a.profile or ('full' if path else None), **seeds)
     scenes_study_table(a.which, path, a.output, s, workers=a.workers)
 
 # %% ../../nbs/50_study/09_cli.ipynb #750573f3
@@ -128,7 +130,8 @@ def parser()->argparse.ArgumentParser:
              ('--methods', dict(metavar='NAME,NAME', default=None, help='instead of the main job: compare cam, puzzle, sccam, silop on photos of several classes')),
              ('--voc', dict(metavar='PATH', default=None, help='with --methods: a folder with VOC 2012 instead of the rendered scenes')),
              ('-o --output', dict(metavar='RUNS', default='runs', help='folder of the runs')))
-    _command(sub, 'table', _table, 'A table of the study: our figures beside the published ones.', ('which', dict(choices=TABLES, help='which table')), profile,
+    _command(sub, 'table', _table, 'A table of the study: our figures beside the published ones.', ('which', dict(choices=TABLES, help='which table')),
+             ('--profile', dict(choices=('smoke', 'sample', 'full', 'paper'), default=None, help='how much to do; paper: the published settings, for silop and sccam on VOC 2012; default: $WSSS_PROFILE or sample')),
              ('--data', dict(metavar='NAME=PATH', action='append', default=[], help='pets=FOLDER with Oxford-IIIT Pet or voc=FOLDER with VOC 2012 instead of the rendered sample (profile full), background=FOLDER of photos without pets')),
              ('--seeds', dict(type=int, nargs='+', default=None, help='seeds of the segmentation networks, of everything in silop and sccam; default: those of the profile')),
              ('-o --output', dict(metavar='RUNS', default='runs', help='folder of the runs')))
