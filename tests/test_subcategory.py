@@ -28,6 +28,7 @@ from wsss_nb.evaluate.metrics import Confusion
 from wsss_nb.localize import subcategory
 from wsss_nb.localize.backbones import create_backbone
 from wsss_nb.localize.cam import CamClassifier, cam, cam_learner, normalise_maps, pooled_features, write_cams
+from wsss_nb.localize.puzzle import train_puzzle
 from wsss_nb.localize.subcategory import (SubcategoryClassifier, SubcategoryLoss, SubLabels, cluster_class, cluster_classes,
                                           find_subcategories, label_rows, load_labels, load_subcategories, merge_submaps,
                                           normalise_submaps, present_classes, save_labels, save_subcategories, subcategory_learner,
@@ -339,6 +340,17 @@ TINY = dict(rounds=2, k=2, epochs=3, lr=1e-2, size=64, bs=4, seed=3)
 def undisturbed(view, tmp_path_factory):
     folder = tmp_path_factory.mktemp('rounds')
     return folder, train_subcategories(view, folder, **TINY)
+
+
+def test_rounds_by_the_originals_optimiser(few, tmp_path):
+    "Every round by SGD with four groups of parameters, both heads at ten times the rate; round 0 is a plain classifier."
+    seen = []
+    def train(*args, **kwargs): seen.append(train_puzzle(*args, **kwargs)); return seen[-1]
+    nets = train_subcategories(few, tmp_path, rounds=1, k=2, epochs=1, lr=1e-3, size=64, bs=4, train=train)
+    assert [type(n).__name__ for n in nets] == ['CamClassifier', 'SubcategoryClassifier'] and not any(hasattr(l, 'puzzle') for l in seen)
+    for learn, heads in zip(seen, (1, 2)):
+        assert [h['mom'] for h in learn.opt.hypers] == [1e-4] * 4 and [h['wd'] for h in learn.opt.hypers] == [1e-4, 0, 1e-4, 0]
+        assert [len(g) for g in learn.opt.param_lists][2:] == [heads, heads]
 
 
 def contents(folder):

@@ -34,7 +34,7 @@ from ..data.blocks import _augment, _check_tags, image_block, tag_names
 from ..data.items import InputError, atomic
 from ..data.store import MapStore
 from .backbones import DEFAULT_BACKBONE, create_backbone, stats
-from .cam import CamClassifier, _batches, _save_cam, _targets, cam, load_classifier, pooled_features, save_classifier, train_classifier
+from .cam import CamClassifier, _batches, _save_cam, _targets, cam, cam_learner, load_classifier, pooled_features, save_classifier, train_classifier
 from .training import load_network, save_network, seed_everything
 
 # %% ../../nbs/10_localize/06_subcategory.ipynb #4c3f2fd9
@@ -355,7 +355,7 @@ def train_subcategories(
     _open_folder(folder, _settings(view, start, dict(k=k, epochs=epochs, lr=lr, seed=seed, weight=weight, **shape)))
     train = partial(train, view, epochs, lr, seed=seed, **shape)
     config = dict(backbone=backbone, output_stride=output_stride, n_outputs=len(tag_names(view)))
-    nets = [start.eval() if start is not None else _finish(folder/'round0', 'classifier', train, partial(save_classifier, config=config), load_classifier)]
+    nets = [start.eval() if start is not None else _finish(folder/'round0', 'classifier', partial(train, learner=cam_learner), partial(save_classifier, config=config), load_classifier)]
     for r in range(1, rounds + 1):
         d, make = folder/f'round{r}', partial(find_subcategories, nets[-1], view, k, seed, size, bs, stats(backbone))
         learner = partial(subcategory_learner, labels=_labels_of_round(d/'labels.npz', view, k, make), weight=weight)

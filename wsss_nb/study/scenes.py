@@ -13,7 +13,7 @@ __all__ = ['SCENES_PROFILES', 'PAPER', 'SWEEP', 'SCENES_PUBLISHED', 'SCENES_METH
            'background_step', 'scenes_table', 'silop_table', 'sccam_table', 'methods_table', 'scenes_study_table',
            'scenes_sheet']
 
-# %% ../../nbs/50_study/05_scenes.ipynb #7eafcd32
+# %% ../../nbs/50_study/05_scenes.ipynb #4311e690
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -37,7 +37,7 @@ from .main import CLASSIFIER_TRAINING, Settings, _complain, _part, cam_stage, cl
 from .runs import Run, data_hash, hardware, run_stage
 from .tables import Published, Table
 
-# %% ../../nbs/50_study/05_scenes.ipynb #3efe912f
+# %% ../../nbs/50_study/05_scenes.ipynb #df99b3d7
 @dataclass(frozen=True)
 class ScenesSettings(Settings):
     "What the study of scenes does; every field is part of the name of a run."
@@ -62,7 +62,7 @@ class ScenesSettings(Settings):
     truth_epochs: int|None = None       # of the network on true masks; None: as the others
     seeds: tuple = (0, 1, 2)    # of everything that is trained
 
-# %% ../../nbs/50_study/05_scenes.ipynb #4d5e0781
+# %% ../../nbs/50_study/05_scenes.ipynb #5a4a3e9e
 SCENES_PROFILES = {
     'smoke': ScenesSettings('smoke', size=96, segment_size=96, classifier_epochs=1, segment_epochs=1, classifier_bs=4, segment_bs=4, cam_scales=(1.,), clusters=2, cluster_rounds=1,
                             region_steps=2, edge_epochs=1, edge_bs=4, exp_times=4, seeds=(0, 1)),
@@ -77,7 +77,7 @@ def scenes_settings(
     "The settings of a profile."
     return profile_settings(profile, SCENES_PROFILES, **changes)
 
-# %% ../../nbs/50_study/05_scenes.ipynb #d680a297
+# %% ../../nbs/50_study/05_scenes.ipynb #4d252e88
 _puzzle = ScenesSettings('paper', backbone='resnest101e', size=512, classifier_train='sgd', classifier_epochs=15, classifier_bs=32, classifier_lr=.1, cam_scales=(.5, 1., 1.5, 2.),
                          edge_epochs=3, edge_bs=32, edge_lr=.1, arch='deeplabv3plus', segment_backbone='resnest101e', segment_size=512, segment_epochs=50, segment_bs=32, segment_lr=.007)
 PAPER = {
@@ -94,7 +94,7 @@ def paper_settings(
     "The published settings of a method."
     return profile_settings(which, PAPER, **changes)
 
-# %% ../../nbs/50_study/05_scenes.ipynb #c4795a63
+# %% ../../nbs/50_study/05_scenes.ipynb #9ee983a8
 def scenes_data(
     path=None,          # folder with VOC 2012; None: the rendered sample
     profile: str|None = None,   # of the sample
@@ -111,12 +111,12 @@ def tagged(view):
     "The photos of a view whose tags are known and that show any class at all."
     return view.keep(lambda o: o.tags)
 
-# %% ../../nbs/50_study/05_scenes.ipynb #84877e70
+# %% ../../nbs/50_study/05_scenes.ipynb #fc82696d
 def puzzle_stage(root, view, s: ScenesSettings, data, say):
     "Train a classifier with Puzzle-CAM's losses; a `Run` as that of `classifier_stage`."
     return classifier_stage(root, view, s, data, say, 'puzzle', learner=puzzle_learner, pieces=s.pieces, alpha=s.alpha, ramp=s.ramp)
 
-# %% ../../nbs/50_study/05_scenes.ipynb #36e7b4c3
+# %% ../../nbs/50_study/05_scenes.ipynb #02fa2d57
 def regions_stage(root, view, s: ScenesSettings, method, say, workers=None):
     "Regions of all photos by SLIC or quickshift; a `Run` with a `LabelStore` in `regions`."
     def work(run):
@@ -132,7 +132,7 @@ def fit_stage(root, view, s: ScenesSettings, maps: Run, say, workers=None):
         return {'images': len(view)}
     return run_stage(root, 'perimeterfit', {'maps': maps.hash, 'regions': [r.hash for r in regions]}, work, say)
 
-# %% ../../nbs/50_study/05_scenes.ipynb #40268591
+# %% ../../nbs/50_study/05_scenes.ipynb #274f7939
 def confident_stage(root, view, s: ScenesSettings, maps: Run, thresholds, say, workers=None):
     "Sure labels of maps, void elsewhere; a `Run` with a `LabelStore` in `masks`."
     foreground, background = thresholds
@@ -150,7 +150,7 @@ def edges_stage(root, view, s: ScenesSettings, classifier: Run, labels: Run, say
         return {'images': len(view) * s.edge_epochs, 'epochs': s.edge_epochs, 'train_images': len(view)}
     return run_stage(root, 'edges', config, work, say)
 
-# %% ../../nbs/50_study/05_scenes.ipynb #3b053bd5
+# %% ../../nbs/50_study/05_scenes.ipynb #a7ccfdf2
 def walk_stage(root, view, s: ScenesSettings, maps: Run, edges: Run, say, workers=None):
     "Random walk of maps between edges; a `Run` with a `MapStore` in `maps`."
     def work(run):
@@ -167,7 +167,7 @@ def refined(root, view, s: ScenesSettings, classifier: Run, taught_by: Run, walk
     runs['pseudo'] = masks_stage(root, view, runs['walk'], t, say, workers, method='crf', settings=s.label_crf)
     return runs
 
-# %% ../../nbs/50_study/05_scenes.ipynb #dc3abeec
+# %% ../../nbs/50_study/05_scenes.ipynb #0b9e6b8b
 def halved(thresholds)->tuple:
     "SILOP's thresholds for maps up to 2, as thresholds for maps up to 1."
     return tuple(t / 2 for t in thresholds)
@@ -193,7 +193,7 @@ def silop_masks(root, view, s: ScenesSettings, say=print, workers=None, through=
     walked = runs['fit' if through == 'walk' else 'maps']
     return runs | refined(root, view, s, runs['classifier'], runs['fit'], walked, halved(s.confident_fit), say, workers)  # 3, 4
 
-# %% ../../nbs/50_study/05_scenes.ipynb #caa5d113
+# %% ../../nbs/50_study/05_scenes.ipynb #74b86eea
 def subcategory_stage(root, view, s: ScenesSettings, classifier: Run, say):
     "All rounds of SC-CAM after a classifier; a `Run` with a network for each round in `rounds`."
     config = _part(s, 'seed', 'backbone', 'output_stride', 'size', 'classifier_epochs', 'classifier_lr', 'classifier_bs', 'classifier_train', 'clusters', 'cluster_rounds', 'cluster_weight') | {'classifier': classifier.hash}
@@ -218,7 +218,7 @@ def sccam_masks(root, view, s: ScenesSettings, say=print, workers=None)->dict:  
     runs['maps'] = round_maps(root, view, s, runs['rounds'], s.cluster_rounds, say)
     return runs | refined(root, view, s, runs['classifier'], runs['maps'], runs['maps'], s.confident, say, workers)
 
-# %% ../../nbs/50_study/05_scenes.ipynb #17ab8890
+# %% ../../nbs/50_study/05_scenes.ipynb #264cc23f
 @dataclass
 class Step:
     "One row of a table: a step, scored once for each seed."
@@ -235,7 +235,7 @@ def over_seeds(results)->dict:
     each = [float(scores(c)['miou']) for c in counts.sum(0)]
     return {'mIoU': bootstrap(counts, lambda c: scores(c)['miou'].mean(-1)), 'spread': max(each) - min(each) if len(each) > 1 else None}
 
-# %% ../../nbs/50_study/05_scenes.ipynb #ab739a8a
+# %% ../../nbs/50_study/05_scenes.ipynb #8f18350d
 SWEEP = np.linspace(0, 1, 101)
 
 def class_sweep(maps: MapStore, dataset: Dataset, ids)->np.ndarray:     # mIoU at each of `SWEEP`
@@ -248,7 +248,7 @@ def class_sweep(maps: MapStore, dataset: Dataset, ids)->np.ndarray:     # mIoU a
         total = total + threshold_counts(values.max(0), truth, SWEEP, label, n)
     return scores(total[:, :n])['miou']
 
-# %% ../../nbs/50_study/05_scenes.ipynb #0c3bbdd9
+# %% ../../nbs/50_study/05_scenes.ipynb #94897679
 class ScenesStudy:
     "Photos with tags, settings and a folder of runs."
     def __init__(self,
@@ -272,7 +272,7 @@ def _limited(study, split, ids):
     d.splits = {split: [i for i in study.dataset.split(split) if i in ids]}
     return d
 
-# %% ../../nbs/50_study/05_scenes.ipynb #0f560e5b
+# %% ../../nbs/50_study/05_scenes.ipynb #12668176
 def score_pseudo(study: ScenesStudy, name, runs, published=())->Step:
     "Masks of the training photos; a `Run` for each seed."
     d = _limited(study, 'train', study.scored)
@@ -305,7 +305,7 @@ def taught_by_truth(study: ScenesStudy, published=())->Step:
     known, n = study.dataset.view('masks', 'train').with_masks(), len(study.s.seeds)
     return score_network(study, f'true masks of {len(known)} photos', known, ['truth-' + data_hash(known)] * n, [known.read_mask] * n, published, '_truth', study.s.truth_epochs)
 
-# %% ../../nbs/50_study/05_scenes.ipynb #ffb08a19
+# %% ../../nbs/50_study/05_scenes.ipynb #d4272adf
 class _Background:
     "No object anywhere."
     def __init__(self, dataset): self.dataset = dataset
@@ -330,7 +330,7 @@ def _filled(published, steps):
     n = max(len(t.published) for t in steps)
     return (*published, *[None] * (n - len(published)))
 
-# %% ../../nbs/50_study/05_scenes.ipynb #fddf56b9
+# %% ../../nbs/50_study/05_scenes.ipynb #816a214f
 _ISSUES = 'Puzzle-CAM (ICIP 2021), ResNet-50, VOC 2012 train, as quoted in issues 4 and 12 of OFRIN/PuzzleCAM, whose authors of the threads obtained 44.12 and 48.53'
 _PUZZLE = 'OFRIN/PuzzleCAM @95a75f4, README: DeepLab-v3+ on ResNeSt-101, VOC 2012 test'
 _PSA = 'jiwoon-ahn/psa @9493e59, README: ResNet-38, VOC 2012 train; walk with background power 16'
@@ -358,7 +358,7 @@ def silop_table(study: ScenesStudy)->tuple:    # `Table`, list of `Step`
     steps += [background_step(study, 'val')] + [taught_by(study, f'network on {n}', _of(j, 'pseudo'), (p['Puzzle-CAM network'],) if n == 'Puzzle-CAM' else ()) for n, j in named]
     return scenes_table(study, steps + [taught_by_truth(study)], 'from CAM to a network, with and without PerimeterFit'), steps
 
-# %% ../../nbs/50_study/05_scenes.ipynb #7dc410cc
+# %% ../../nbs/50_study/05_scenes.ipynb #57515e0c
 def sccam_table(study: ScenesStudy)->tuple:    # `Table`, list of `Step`
     "The maps of each round, of classes and of sub-categories; affinity, CRF and segmentation before and after."
     plain, sub, p, v = _each(study, cam_masks), _each(study, sccam_masks), SCENES_PUBLISHED, study.train
@@ -373,7 +373,7 @@ def sccam_table(study: ScenesStudy)->tuple:    # `Table`, list of `Step`
     steps += [background_step(study, 'val')] + [taught_by(study, f'network on {n}', _of(j, 'pseudo'), q) for n, j, q in (('round 0', plain, ()), (last, sub, (p['SC-CAM network'],)))]
     return scenes_table(study, steps + [taught_by_truth(study)], 'rounds of sub-categories'), steps
 
-# %% ../../nbs/50_study/05_scenes.ipynb #5399d961
+# %% ../../nbs/50_study/05_scenes.ipynb #11398919
 SCENES_METHODS = {'cam': ('CAM', cam_masks), 'puzzle': ('Puzzle-CAM', puzzle_masks), 'sccam': ('SC-CAM', sccam_masks), 'silop': ('SILOP', silop_masks)}
 
 def methods_table(study: ScenesStudy, methods)->tuple:     # `Table`, list of `Step`
@@ -386,7 +386,7 @@ def methods_table(study: ScenesStudy, methods)->tuple:     # `Table`, list of `S
     steps += [background_step(study, 'val')] + [taught_by(study, f'network on {n}', _of(j, 'pseudo')) for n, j in jobs.items()]
     return scenes_table(study, steps + [taught_by_truth(study)], 'methods from image tags'), steps
 
-# %% ../../nbs/50_study/05_scenes.ipynb #10f2782c
+# %% ../../nbs/50_study/05_scenes.ipynb #42832139
 SCENES_TABLES = {'silop': silop_table, 'sccam': sccam_table}
 
 def scenes_study_table(
@@ -409,7 +409,7 @@ def scenes_study_table(
     say(f'\n{table}\n\ntable     {table.save(Path(root)/f"{name}.json")}\npictures  {sheet}')
     return table
 
-# %% ../../nbs/50_study/05_scenes.ipynb #011111ff
+# %% ../../nbs/50_study/05_scenes.ipynb #f13efc11
 def scenes_sheet(study: ScenesStudy, steps, path=None, n: int = 6, width: int = 110):  # `Figure`
     "Photos at even ranks of the first step's scores, the masks of all the steps, and the truth."
     d, names = study.dataset, {t.name.removeprefix('network on '): t for t in steps}
