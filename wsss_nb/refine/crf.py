@@ -203,6 +203,7 @@ def agreement_labels(
 ) -> np.ndarray:  # uint8 H×W: 0 background, 1..K maps in order, 255 void
     "Labels on which a strict and a lenient CRF agree, void elsewhere (IRN's cam_to_ir_label)."
     if background > foreground: raise ValueError(f"background threshold ({background}) is above the foreground's ({foreground})")
+    if not len(values): return np.zeros(image.shape[:2], np.uint8)
     strict, lenient = (crf_labels(image, with_background(values, t).argmax(0), len(values) + 1, gt_prob, settings)
                        for t in (foreground, background))
     return np.where((strict == 0) & (lenient != 0), VOID, strict).astype(np.uint8)
