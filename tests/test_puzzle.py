@@ -251,7 +251,7 @@ class Kill(Callback):
 
 
 @pytest.mark.parametrize('original', [False, True])
-def test_killed_and_resumed_is_bitwise_the_same(view, tmp_path, original, monkeypatch):
+def test_killed_and_resumed_is_bitwise_the_same(view, tmp_path, original):
     made = []
     def learner(*args, **kwargs):
         made.append(puzzle_learner(*args, **kwargs))
@@ -259,8 +259,7 @@ def test_killed_and_resumed_is_bitwise_the_same(view, tmp_path, original, monkey
         return made[-1]
     def train(path=None):
         if not original: return train_classifier(view, 4, 1e-3, seed=3, path=path, learner=learner, ramp=.8, **TINY)
-        monkeypatch.setattr(module, 'puzzle_learner', learner)
-        return train_puzzle(view, 4, 1e-3, seed=3, path=path, momentum=.9, ramp=.8, **TINY)
+        return train_puzzle(view, 4, 1e-3, seed=3, path=path, momentum=.9, learner=learner, ramp=.8, **TINY)
     whole = train()
     with suppress(KeyboardInterrupt): train(tmp_path/'c.pth')
     assert (tmp_path/'c.pth').is_file() and not weights(made[1]).equal(weights(whole))
