@@ -207,13 +207,13 @@ class Scored:
 SWEEP = np.unique(np.r_[np.linspace(0, 1, 101), 1 / (1 + np.exp(np.linspace(-8, 8, 81)))])    # fine at both ends, where probabilities crowd
 
 # %% ../../nbs/50_study/04_pets.ipynb #ac2c6c4d
-def map_sweep(maps: MapStore, dataset: Dataset, ids, border: str = 'ignored', thresholds=SWEEP)->np.ndarray:   # mean IoU over images at each threshold
+def map_sweep(maps: MapStore, dataset: Dataset, ids, border: str = 'ignored', thresholds=None)->np.ndarray:   # mean IoU over images at each threshold, `SWEEP` by default
     "Scores of maps at many thresholds, from one pass over the photos, under a border policy."
     scores = []
     for i in ids:
         truth = dataset.read_truth(dataset[i])
         values = cv2.resize(maps.load(i).values.max(0, initial=0), truth.shape[::-1], interpolation=cv2.INTER_LINEAR)
-        scores.append(iou(with_border(threshold_counts(values, truth, thresholds), border))[:, 1])
+        scores.append(iou(with_border(threshold_counts(values, truth, SWEEP if thresholds is None else thresholds), border))[:, 1])
     return np.nanmean(scores, 0)
 
 # %% ../../nbs/50_study/04_pets.ipynb #5de93c0d
