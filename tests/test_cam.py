@@ -7,13 +7,15 @@ import torch
 from torch import nn
 from torch.nn import functional as F
 
+from fastai.callback.core import Callback
+
 from wsss_nb.data.items import InputError
 from wsss_nb.data.pets import pets
 from wsss_nb.data.sample import sample
 from wsss_nb.data.store import MapStore
 from wsss_nb.data.voc import voc
 from wsss_nb.localize import backbones
-from wsss_nb.localize.cam import (CamClassifier, cam, cam_learner, load_classifier, pooled_features, save_classifier, train_head,
+from wsss_nb.localize.cam import (CamClassifier, cam, cam_learner, load_classifier, pooled_features, save_classifier, train_from_head, train_head,
                                   write_cams)
 
 GOLDEN = Path(__file__).parent/'golden'
@@ -126,6 +128,27 @@ def test_only_the_head_learns(layout):
     assert learn.model.head.weight.abs().sum() > cam_learner(view, size=96).model.head.weight.abs().sum()
     again = train_head(view, epochs=4, size=96)
     assert torch.equal(again.model.head.weight, learn.model.head.weight)
+
+
+def test_the_head_first_then_all(tmp_path):
+    "Without epochs it is `train_head`; the rest starts there; stopped after the first of two epochs it ends with the same weights, without fitting the head again."
+    view = pets(sample(profile='smoke')/'pets', classes=37).view('tags', 'test').keep(lambda o, seen=[]: len(seen) < 12 and not seen.append(o))
+    shape = dict(size=64, bs=4, output_stride=32, head_epochs=3)
+    head = train_head(view, 3, size=64, bs=4, output_stride=32).model.state_dict()
+    start = train_from_head(view, 0, **shape).model.state_dict()
+    assert all(torch.equal(head[k], start[k]) for k in head)
+    whole = train_from_head(view, 2, **shape).model.state_dict()
+    assert not torch.equal(whole['backbone.conv_stem.weight'], start['backbone.conv_stem.weight'])
+    assert all(torch.equal(whole[k], start[k]) for k in whole if '.bn' in k)     # batch normalisation is ImageNet's
+    class Stop(Callback):
+        order = 95
+        def after_epoch(self): raise KeyboardInterrupt
+    def stopping(*args, **kwargs):
+        learn = cam_learner(*args, **kwargs); learn.add_cb(Stop())
+        return learn
+    with pytest.raises(KeyboardInterrupt): train_from_head(view, 2, path=tmp_path/'c.pth', learner=stopping, **shape)
+    again = train_from_head(view, 2, path=tmp_path/'c.pth', head_lr=1e9, **shape).model.state_dict()
+    assert all(torch.equal(whole[k], again[k]) for k in whole)
 
 
 def test_features_name_a_broken_photo(tmp_path):

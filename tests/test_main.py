@@ -15,7 +15,7 @@ from PIL import Image
 from wsss_nb.data.items import read_mask
 from wsss_nb.data.pets import pets
 from wsss_nb.data.sample import sample
-from wsss_nb.study.main import profile_settings, train_from_tags
+from wsss_nb.study.main import classifier_stage, profile_settings, train_from_tags
 
 WSSS = Path(sys.executable).parent/'wsss'    # the installed command
 ENV = {**os.environ, 'WSSS_PROFILE': 'smoke', 'OMP_NUM_THREADS': '1', 'PYTHONWARNINGS': 'ignore'}
@@ -110,6 +110,13 @@ def test_rounds(root, tmp_path):
     shutil.rmtree(made['relabel_1'].folder); shutil.rmtree(made['segment'].folder)
     three = train_from_tags(tmp_path, view, profile_settings('smoke', classifier_train='head', rounds=3), say=lambda t: None)
     assert three['segment_2'].folder == made['segment'].folder and (made['segment']/'model/model.safetensors').read_bytes() == before
+
+
+@pytest.mark.parametrize('how, extra, says', [('alll', {}, 'known: head, all, warm, sgd'), ('head', {'pieces': 4}, "needs 'warm', 'all' or 'sgd'")])
+def test_unknown_ways_to_train(how, extra, says, root, tmp_path):
+    view = pets(root/'pets', classes='breeds').view('tags', 'trainval')
+    with pytest.raises(ValueError, match=says): classifier_stage(tmp_path, view, profile_settings('smoke', classifier_train=how), 'x', print, **extra)
+    assert not any(tmp_path.iterdir())
 
 
 def test_edited_run_is_refused(runs, tmp_path):

@@ -34,7 +34,7 @@ from ..data.blocks import _augment, _check_tags, image_block, tag_names
 from ..data.items import InputError, atomic
 from ..data.store import MapStore
 from .backbones import DEFAULT_BACKBONE, create_backbone, stats
-from .cam import CamClassifier, _batches, _save_cam, _targets, cam, cam_learner, load_classifier, pooled_features, save_classifier, train_classifier
+from .cam import CamClassifier, _batches, _save_cam, cam, cam_learner, load_classifier, pooled_features, save_classifier, train_classifier
 from .training import load_network, save_network, seed_everything
 
 # %% ../../nbs/10_localize/06_subcategory.ipynb #4c3f2fd9
@@ -43,8 +43,9 @@ def present_classes(
 )->np.ndarray:          # bool N×C, C as in `tag_names`
     "Which classes each image has; `InputError` where nobody knows."
     _check_tags(list(view), view)
-    y = _targets(view)
-    return (F.one_hot(y, len(tag_names(view))) if view.single_label else y).numpy() > 0
+    present = np.zeros((len(view), len(tag_names(view))), bool)
+    for row, o in zip(present, view): row[[t - 1 for t in o.tags] or [-1] * view.single_label] = True
+    return present
 
 # %% ../../nbs/10_localize/06_subcategory.ipynb #b672b182
 def cluster_class(
@@ -127,7 +128,7 @@ def find_subcategories(
 )->SubLabels:
     "Sort a view's images into sub-categories of their classes."
     present = present_classes(view)
-    f = pooled_features(model.eval().backbone, view, size, bs, mean_std)[:, 0]    # single scale, not mirrored
+    f = pooled_features(model.eval().backbone, view, size, bs, mean_std, mirror=False)[:, 0]    # single scale, as published
     return SubLabels(view.ids, cluster_classes(f, present, k, seed), k)
 
 # %% ../../nbs/10_localize/06_subcategory.ipynb #e52f4bce
@@ -141,10 +142,9 @@ class SubcategoryClassifier(CamClassifier):
         super().__init__(backbone, n_classes)
         self.k, self.subhead = k, nn.Linear(backbone.num_features, n_classes * k)
         nn.init.normal_(self.subhead.weight, std=.01); nn.init.zeros_(self.subhead.bias)
-    def forward(self,
-        x: torch.Tensor,    # normalised images, float32 N×3×H×W
+    def classify(self,
+        f: torch.Tensor,    # pooled features, N×F
     )->torch.Tensor:        # logits N×C; in training N×(C+C·k), classes first
-        f = self.backbone.forward_features(x).mean((2, 3))
         return torch.cat([self.head(f), self.subhead(f)], 1) if self.training else self.head(f)
     def submaps(self,
         x: torch.Tensor,    # normalised images, float32 N×3×H×W

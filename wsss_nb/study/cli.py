@@ -43,13 +43,14 @@ def _table(a):
     if a.profile == 'paper': raise InputError('paper', 'is a profile of silop and sccam', 'Choose smoke, sample or full.')
     folders = _folders(a.data, ('pets', 'background'))
     from wsss_nb.study.pets import pets_settings, pets_study_table
-    s = pets_settings(a.profile or ('full' if 'pets' in folders else None), seed=a.seed, **({'seeds': tuple(a.seeds)} if a.seeds else {}))
+    s = pets_settings(a.profile or ('full' if 'pets' in folders else None), seed=a.seed or 0, **({'seeds': tuple(a.seeds)} if a.seeds else {}))
     pets_study_table(a.which, folders.get('pets'), folders.get('background'), a.output, s, workers=a.workers)
 
 def _scenes(a):
     "A table of the study of scenes."
     from wsss_nb.study.scenes import paper_settings, scenes_settings, scenes_study_table
-    path, seeds = _folders(a.data, ('voc',)).get('voc'), {'seeds': tuple(a.seeds)} if a.seeds else {}
+    path, seeds = _folders(a.data, ('voc',)).get('voc'), a.seeds or ([] if a.seed is None else [a.seed])
+    seeds = {'seeds': tuple(seeds)} if seeds else {}
     if a.profile == 'paper' and not path: raise InputError('paper', 'is a profile for VOC 2012', 'Give its folder: --data voc=FOLDER.')
     s = paper_settings(a.which, **seeds) if a.profile == 'paper' else scenes_settings(a.profile or ('full' if path else None), **seeds)
     scenes_study_table(a.which, path, a.output, s, workers=a.workers)
@@ -108,11 +109,10 @@ def _evaluate(a):
     return 1 if r.unpaired else 0
 
 # %% ../../nbs/50_study/09_cli.ipynb #2495dccc
-def _command(sub, name, run, help, *args):
+def _command(sub, name, run, help, *args, seed=('--seed', dict(type=int, default=0, help='with the settings, determines the result'))):
     "A sub-command with the options that all share."
     p = sub.add_parser(name, help=help, description=help, formatter_class=argparse.ArgumentDefaultsHelpFormatter)
-    for flags, options in args: p.add_argument(*flags.split(), **options)
-    p.add_argument('--seed', type=int, default=0, help='with the settings, determines the result')
+    for flags, options in (*args, seed): p.add_argument(*flags.split(), **options)
     p.add_argument('--workers', type=int, default=None, help='processes; default: all cores')
     p.set_defaults(run=run)
     return p
@@ -134,7 +134,8 @@ def parser()->argparse.ArgumentParser:
              ('--profile', dict(choices=('smoke', 'sample', 'full', 'paper'), default=None, help='how much to do; paper: the published settings, for silop and sccam on VOC 2012; default: $WSSS_PROFILE or sample')),
              ('--data', dict(metavar='NAME=PATH', action='append', default=[], help='pets=FOLDER with Oxford-IIIT Pet or voc=FOLDER with VOC 2012 instead of the rendered sample (profile full), background=FOLDER of photos without pets')),
              ('--seeds', dict(type=int, nargs='+', default=None, help='seeds of the segmentation networks, of everything in silop and sccam; default: those of the profile')),
-             ('-o --output', dict(metavar='RUNS', default='runs', help='folder of the runs')))
+             ('-o --output', dict(metavar='RUNS', default='runs', help='folder of the runs')),
+             seed=('--seed', dict(type=int, default=None, help='one seed in place of the several of silop and sccam; of the classifiers of the pets tables, 0 by default')))
     _command(sub, 'segment', _segment, 'Train a segmentation model on your own tagged photos.', photos, *_segment_options())
     _command(sub, 'predict', _predict, 'Masks and overlays of new photos.', ('model', dict(metavar='MODEL', help='folder written by wsss segment')), photos,
              ('-o --output', dict(metavar='MASKS', default='masks', help='where the masks go')), ('--no-overlays', dict(action='store_true', help='masks only')))

@@ -24,7 +24,7 @@ from ..data.store import LabelStore, MapStore
 from ..evaluate.metrics import all_foreground, centre_ellipse
 from ..evaluate.report import evaluate_predictions, picture_sheet
 from ..localize.backbones import DEFAULT_BACKBONE, stats
-from ..localize.cam import cam_learner, load_classifier, save_classifier, train_classifier, train_head, write_cams
+from ..localize.cam import cam_learner, load_classifier, save_classifier, train_classifier, train_from_head, train_head, write_cams
 from ..localize.puzzle import train_puzzle
 from ..refine.crf import CRFSettings, crf_probabilities, crf_settings, write_pseudo_masks
 from ..refine.threshold import choose_threshold
@@ -45,7 +45,7 @@ class Settings:
     classifier_epochs: int = 5
     classifier_lr: float = 3e-3         # of the head; a tenth for the backbone
     classifier_bs: int = 16             # images per step
-    classifier_train: str = 'all'       # or 'head': the backbone stays as ImageNet left it; or 'sgd': by the optimiser and schedule of the originals
+    classifier_train: str = 'all'       # or 'head': the backbone stays as ImageNet left it; 'warm': the head first, then all; 'sgd': by the optimiser and schedule of the originals
     cam_scales: tuple = (1., .5, 1.5, 2.)   # of the CAM, relative to `size`
     crf: dict = field(default_factory=lambda: {'method': 'crf', 'threshold': .3})   # options of `pseudo_mask`
     arch: str = 'unet'                  # any decoder of segmentation-models-pytorch
@@ -92,10 +92,12 @@ def _complain(bad, what):
     raise InputError(what, f'{len(bad)} images could not be used, the others are finished', f'Mend or remove them and run again:\n{lines}')
 
 # %% ../../nbs/50_study/02_main.ipynb #ae2a93b9
-CLASSIFIER_TRAINING = {'all': train_classifier, 'sgd': train_puzzle}
+CLASSIFIER_TRAINING = {'all': train_classifier, 'warm': train_from_head, 'sgd': train_puzzle}
 
 def classifier_stage(root, view, s: Settings, data, say, stage='classifier', **extra):
     "Train the CAM classifier on tags, by another `learner` and with its options where `extra` has them; a `Run` with `classifier.safetensors`."
+    if s.classifier_train not in (known := ('head', *CLASSIFIER_TRAINING)): raise ValueError(f"classifier_train is {s.classifier_train!r}; known: {', '.join(known)}")
+    if s.classifier_train == 'head' and extra: raise ValueError("classifier_train='head' trains a plain head and leaves the backbone alone; another learner needs 'warm', 'all' or 'sgd'")
     config = _part(s, 'seed', 'backbone', 'output_stride', 'size', 'classifier_epochs', 'classifier_lr', 'classifier_bs', 'classifier_train') | {'data': data} | {k: v for k, v in extra.items() if k != 'learner'}
     def work(run):
         options = extra | dict(backbone=s.backbone, size=s.size, bs=s.classifier_bs, output_stride=s.output_stride)
@@ -207,6 +209,7 @@ class Trivial:
     ): self.dataset, self.make = dataset, make
     def __contains__(self, id): return True
     def __getitem__(self, id): return self.make(read_image(self.dataset[id].image).shape[:2])
+    load = __getitem__      # as a `LabelStore` has it
 
 # %% ../../nbs/50_study/02_main.ipynb #11a213ab
 def _row(step, trained_on, result):

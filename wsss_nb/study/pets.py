@@ -10,8 +10,7 @@ __all__ = ['PETS_PROFILES', 'KINDS', 'SWEEP', 'SOURCES', 'PUBLISHED', 'PETS_TABL
            'ccam_maps', 'cam_maps', 'rule_view', 'ccam_pseudo', 'ccam_job', 'Scored', 'map_sweep', 'source_metric',
            'published', 'table_row', 'pets_table', 'PetsStudy', 'start_weights', 'score_masks', 'score_maps',
            'trivial_rows', 'method_rows', 'drop_features', 'pets_1', 'pets_2', 'crf_row', 'class_rows', 'ensemble_rows',
-           'network_rows', 'seeds_row', 'pets_3', 'ccam_table', 'keep_record', 'pets_study_table', 'sweep_figure',
-           'masks_sheet']
+           'network_rows', 'seeds_row', 'pets_3', 'ccam_table', 'pets_study_table', 'sweep_figure', 'masks_sheet']
 
 # %% ../../nbs/50_study/04_pets.ipynb #7058131e
 import shutil
@@ -34,7 +33,7 @@ from ..localize.ccam import cache_features, create_ccam, load_ccam, save_ccam, t
 from ..localize.ecs import ecs_targets, write_ecs_cams
 from ..refine.ensemble import ANY, WAYS, write_agreement, write_ensemble
 from .main import Settings, Trivial, _complain, _part, _score, classifier_stage, main_table, maps_stage, masks_stage, predict_stage, profile_settings, read_stored, rule_threshold, segment_rounds, segment_stage
-from .runs import Run, data_hash, hardware, read_records, run_stage, write_json
+from .runs import Run, data_hash, hardware, run_stage
 from .tables import Published, Table
 
 # %% ../../nbs/50_study/04_pets.ipynb #b2bc8401
@@ -316,11 +315,7 @@ def score_maps(study: PetsStudy, method, start, train_maps: Run, train, test_map
 
 def trivial_rows(study: PetsStudy)->list:
     "Answers that do not look at the photo."
-    return [score_masks(study, n, 'none', _Drawn(study.dataset, f)) for n, f in (('all foreground', all_foreground), ('centre ellipse', centre_ellipse))]
-
-class _Drawn(Trivial):
-    "A trivial answer where a store of masks is wanted."
-    def load(self, id): return self[id]
+    return [score_masks(study, n, 'none', Trivial(study.dataset, f)) for n, f in (('all foreground', all_foreground), ('centre ellipse', centre_ellipse))]
 
 # %% ../../nbs/50_study/04_pets.ipynb #b9a6b10c
 def method_rows(study: PetsStudy, kinds)->list:     # `Scored` by method, then start weights
@@ -473,14 +468,6 @@ def ccam_table(study: PetsStudy)->tuple:     # `Table`, stage name → `Run`, li
              ('U-Net on pseudo masks', f'{len(study.train)} photos of pets', LabelStore(runs['predict']/'masks')), ('U-Net on true masks', f'masks of {len(known)} photos', LabelStore(runs['predict_truth']/'masks'))]
     results = _score(d, 'test', named, study.say) + _score(d, 'trainval', [('pseudo masks (training photos)', 'photos of pets', LabelStore(runs['pseudo']/'masks'))], study.say)
     return main_table(results, s, d), runs, results
-
-# %% ../../nbs/50_study/04_pets.ipynb #693eec94
-def keep_record(folder, study: PetsStudy, table: Table, rows=())->None:
-    "Table, threshold sweeps and the records of all stages so far, for a page to show."
-    folder = Path(folder); folder.mkdir(parents=True, exist_ok=True)
-    table.save(folder/'table.json')
-    write_json(folder/'records.json', read_records(study.root))
-    if rows: sweep_figure(rows).savefig(folder/'sweeps.jpg', dpi=90, pil_kwargs={'quality': 80})
 
 # %% ../../nbs/50_study/04_pets.ipynb #0a41a889
 PETS_TABLES = {'pets-1': pets_1, 'pets-2': pets_2, 'pets-3': pets_3}

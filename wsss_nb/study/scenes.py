@@ -11,9 +11,10 @@ __all__ = ['SCENES_PROFILES', 'PAPER', 'SWEEP', 'SCENES_PUBLISHED', 'SCENES_METH
            'silop_masks', 'subcategory_stage', 'round_maps', 'sccam_masks', 'Step', 'over_seeds', 'class_sweep',
            'ScenesStudy', 'score_pseudo', 'score_maps', 'score_network', 'taught_by', 'taught_by_truth',
            'background_step', 'scenes_table', 'silop_table', 'sccam_table', 'methods_table', 'scenes_study_table',
-           'scenes_sheet']
+           'network_steps', 'scenes_sheet']
 
 # %% ../../nbs/50_study/05_scenes.ipynb #4311e690
+import copy
 from dataclasses import dataclass, replace
 from functools import partial
 from pathlib import Path
@@ -33,7 +34,7 @@ from ..refine.crf import CRFSettings
 from ..refine.perimeter import write_perimeterfit
 from ..refine.regions import write_regions
 from ..refine.walk import write_walks
-from .main import CLASSIFIER_TRAINING, Settings, _complain, _part, cam_stage, classifier_stage, maps_stage, masks_stage, predict_stage, profile_settings, read_stored, rule_threshold, segment_stage
+from .main import CLASSIFIER_TRAINING, Settings, Trivial, _complain, _part, cam_stage, classifier_stage, maps_stage, masks_stage, predict_stage, profile_settings, read_stored, rule_threshold, segment_stage
 from .runs import Run, data_hash, hardware, run_stage
 from .tables import Published, Table
 
@@ -41,6 +42,7 @@ from .tables import Published, Table
 @dataclass(frozen=True)
 class ScenesSettings(Settings):
     "What the study of scenes does; every field is part of the name of a run."
+    classifier_train: str = 'warm'  # the head first, then all
     pieces: int = 4             # tiles of Puzzle-CAM
     alpha: float = 4.           # greatest weight of its reconstruction loss
     ramp: float = .5            # part of the training in which that weight rises
@@ -52,6 +54,7 @@ class ScenesSettings(Settings):
     confident_fit: tuple = (.6, .4) # the same for maps with PerimeterFit, up to 2 (SILOP, README)
     edge_epochs: int = 10       # of the edge network
     edge_lr: float = .05        # its rate at the start
+    edge_momentum: float = .9   # of its gradient; the originals have 1e-4 by mistake, and a rate of .1
     edge_bs: int = 16           # images per step
     edge_radius: int = 10       # its pairs of pixels are nearer than this
     walk_radius: int = 5        # the walk's partners are nearer than this
@@ -60,13 +63,15 @@ class ScenesSettings(Settings):
     area: float = 1 / 4         # part of the training photos' pixels that is taken for object
     label_crf: str|CRFSettings = 'irn'  # dense CRF on label maps, widths for a photo of 500 pixels
     truth_epochs: int|None = None       # of the network on true masks; None: as the others
+    final_scales: tuple = (.5, 1., 1.5, 2.)     # of the last prediction, with mirror images
+    final_crf: str|CRFSettings = 'psa'  # dense CRF after it, widths for a photo of 500 pixels
     seeds: tuple = (0, 1, 2)    # of everything that is trained
 
 # %% ../../nbs/50_study/05_scenes.ipynb #5a4a3e9e
 SCENES_PROFILES = {
     'smoke': ScenesSettings('smoke', size=96, segment_size=96, classifier_epochs=1, segment_epochs=1, classifier_bs=4, segment_bs=4, cam_scales=(1.,), clusters=2, cluster_rounds=1,
                             region_steps=2, edge_epochs=1, edge_bs=4, exp_times=4, seeds=(0, 1)),
-    'sample': ScenesSettings(arch='deeplabv3plus', classifier_epochs=8, cam_scales=(1., 1.5, 2.), clusters=3, region_steps=16, segment_epochs=8),
+    'sample': ScenesSettings(arch='deeplabv3plus', classifier_epochs=4, cam_scales=(1., 2.), alpha=.25, clusters=3, region_steps=16, segment_epochs=8),
     'full': ScenesSettings('full', arch='deeplabv3plus', size=320, classifier_epochs=15, segment_size=320, segment_epochs=20),
 }
 
@@ -79,7 +84,7 @@ def scenes_settings(
 
 # %% ../../nbs/50_study/05_scenes.ipynb #4d252e88
 _puzzle = ScenesSettings('paper', backbone='resnest101e', size=512, classifier_train='sgd', classifier_epochs=15, classifier_bs=32, classifier_lr=.1, cam_scales=(.5, 1., 1.5, 2.),
-                         edge_epochs=3, edge_bs=32, edge_lr=.1, arch='deeplabv3plus', segment_backbone='resnest101e', segment_size=512, segment_epochs=50, segment_bs=32, segment_lr=.007)
+                         edge_epochs=3, edge_bs=32, edge_lr=.1, edge_momentum=1e-4, arch='deeplabv3plus', segment_backbone='resnest101e', segment_size=512, segment_epochs=50, segment_bs=32, segment_lr=.007, predict_scales=(.5, 1., 1.5, 2.), predict_crf='psa')
 PAPER = {
     'puzzle': _puzzle,      # OFRIN/PuzzleCAM @95a75f4, README
     'silop': replace(_puzzle, classifier_epochs=60, classifier_bs=8, edge_epochs=15, edge_bs=8, segment_epochs=200, segment_bs=8),   # ErikOstrowski/SILOP @96eda2e, README
@@ -140,9 +145,9 @@ def confident_stage(root, view, s: ScenesSettings, maps: Run, thresholds, say, w
 
 def edges_stage(root, view, s: ScenesSettings, classifier: Run, labels: Run, say):
     "An edge network on a classifier's backbone, and its edges of all photos; a `Run` with a `MapStore` in `edges`."
-    config = _part(s, 'seed', 'size', 'edge_epochs', 'edge_lr', 'edge_bs', 'edge_radius') | {'classifier': classifier.hash, 'labels': labels.hash}
+    config = _part(s, 'seed', 'size', 'edge_epochs', 'edge_lr', 'edge_momentum', 'edge_bs', 'edge_radius') | {'classifier': classifier.hash, 'labels': labels.hash}
     def work(run):
-        learn = train_edges(view, partial(read_stored, store=LabelStore(labels/'masks')), s.edge_epochs, s.edge_lr, seed=s.seed, path=run/'checkpoint.pth',
+        learn = train_edges(view, partial(read_stored, store=LabelStore(labels/'masks')), s.edge_epochs, s.edge_lr, momentum=s.edge_momentum, seed=s.seed, path=run/'checkpoint.pth',
                             backbone=load_classifier(classifier.folder).backbone, size=s.size, bs=s.edge_bs, radius=s.edge_radius)
         save_edges(learn, run.folder, dict(backbone=s.backbone, output_stride=s.output_stride, stride=4))
         (run/'checkpoint.pth').unlink(missing_ok=True)
@@ -268,8 +273,8 @@ class ScenesStudy:
 
 def _limited(study, split, ids):
     "The data set with one split cut to some ids."
-    d = object.__new__(Dataset); d.__dict__.update(study.dataset.__dict__)
-    d.splits = {split: [i for i in study.dataset.split(split) if i in ids]}
+    d = copy.copy(study.dataset)
+    d.splits = {split: [i for i in d.split(split) if i in ids]}
     return d
 
 # %% ../../nbs/50_study/05_scenes.ipynb #12668176
@@ -287,18 +292,20 @@ def score_maps(study: ScenesStudy, name, runs, published=())->Step:
     step.oracle = [float(np.nanmax(class_sweep(MapStore(r/'maps'), study.dataset, ids))) for r in runs]
     return step
 
-def score_network(study: ScenesStudy, name, view, labels, read, published=(), end='', epochs=None)->Step:
-    "A segmentation network for each seed, scored on val; `labels` and `read` give the name and the reader of what it learns, for each seed."
+def score_network(study: ScenesStudy, name, view, labels, read, published=(), end='', epochs=None, final=False)->Step:
+    "A segmentation network for each seed, scored on val; `labels` and `read` give the name and the reader of what it learns, for each seed. `final`: over scales, and after a dense CRF."
     d, stores = _limited(study, 'val', set(study.val.ids)), []
     for seed, label, reader in zip(study.s.seeds, labels, read):
         s = replace(study.seeded(seed), **({'segment_epochs': epochs} if epochs else {}))
+        if final: s = replace(s, predict_scales=s.final_scales, predict_crf=s.final_crf)
         net = segment_stage(study.root, view, s, reader, label, study.say, f'segment{end}')
         stores.append(LabelStore(predict_stage(study.root, study.val, s, net, f'predict{end}', study.say)/'masks'))
     return Step(name, 'val', [evaluate_predictions(m, d, 'val', name=name) for m in stores], published=published, masks=stores[0])
 
-def taught_by(study: ScenesStudy, name, runs, published=())->Step:
+def taught_by(study: ScenesStudy, name, runs, published=(), final=False)->Step:
     "Networks from the pseudo masks of some runs."
-    return score_network(study, name, study.train, [r.hash for r in runs], [partial(read_stored, store=LabelStore(r/'masks')) for r in runs], published)
+    if final: name += f': {len(study.s.final_scales)} scales, dense CRF'
+    return score_network(study, name, study.train, [r.hash for r in runs], [partial(read_stored, store=LabelStore(r/'masks')) for r in runs], published, final=final)
 
 def taught_by_truth(study: ScenesStudy, published=())->Step:
     "Networks from the true masks of the training photos."
@@ -306,16 +313,11 @@ def taught_by_truth(study: ScenesStudy, published=())->Step:
     return score_network(study, f'true masks of {len(known)} photos', known, ['truth-' + data_hash(known)] * n, [known.read_mask] * n, published, '_truth', study.s.truth_epochs)
 
 # %% ../../nbs/50_study/05_scenes.ipynb #d4272adf
-class _Background:
-    "No object anywhere."
-    def __init__(self, dataset): self.dataset = dataset
-    def __contains__(self, id): return True
-    def load(self, id): return np.zeros(self.dataset.read_truth(self.dataset[id]).shape, np.uint8)
-
 def background_step(study: ScenesStudy, photos: str)->Step:
     "The trivial answer: everything is background."
     d = _limited(study, photos, study.scored if photos == 'train' else set(study.val.ids))
-    return Step('all background', photos, [evaluate_predictions(_Background(d), d, photos, name='all background')] * len(study.s.seeds), masks=_Background(d))
+    nothing = Trivial(d, partial(np.zeros, dtype=np.uint8))
+    return Step('all background', photos, [evaluate_predictions(nothing, d, photos, name='all background')] * len(study.s.seeds), masks=nothing)
 
 def scenes_table(study: ScenesStudy, steps, what: str, note: str = '')->Table:
     "One row for each step."
@@ -331,7 +333,7 @@ def _filled(published, steps):
     return (*published, *[None] * (n - len(published)))
 
 # %% ../../nbs/50_study/05_scenes.ipynb #816a214f
-_ISSUES = 'Puzzle-CAM (ICIP 2021), ResNet-50, VOC 2012 train, as quoted in issues 4 and 12 of OFRIN/PuzzleCAM, whose authors of the threads obtained 44.12 and 48.53'
+_ISSUES = 'Puzzle-CAM (ICIP 2021), ResNet-50, VOC 2012 train, as quoted in issues 4 and 12 of OFRIN/PuzzleCAM, where users obtained 44.12 and 48.53'
 _PUZZLE = 'OFRIN/PuzzleCAM @95a75f4, README: DeepLab-v3+ on ResNeSt-101, VOC 2012 test'
 _PSA = 'jiwoon-ahn/psa @9493e59, README: ResNet-38, VOC 2012 train; walk with background power 16'
 _SCCAM = 'Juliachang/SC-CAM @191ec48, README: ResNet-38, VOC 2012 train; a user obtained 48.9 on val instead of 49.6'
@@ -356,6 +358,7 @@ def silop_table(study: ScenesStudy)->tuple:    # `Table`, list of `Step`
     steps += [score_maps(study, f'{n}: walk', _of(j, 'walk')) for n, j in named]
     steps += [score_pseudo(study, f'{n}: walk, dense CRF', _of(j, 'pseudo')) for n, j in named]
     steps += [background_step(study, 'val')] + [taught_by(study, f'network on {n}', _of(j, 'pseudo'), (p['Puzzle-CAM network'],) if n == 'Puzzle-CAM' else ()) for n, j in named]
+    steps += [taught_by(study, f'network on {n}', _of(j, 'pseudo'), final=True) for n, j in named[-1:]]
     return scenes_table(study, steps + [taught_by_truth(study)], 'from CAM to a network, with and without PerimeterFit'), steps
 
 # %% ../../nbs/50_study/05_scenes.ipynb #57515e0c
@@ -371,6 +374,7 @@ def sccam_table(study: ScenesStudy)->tuple:    # `Table`, list of `Step`
     for n, j, q in (('round 0', plain, (p['psa walk'],)), (last, sub, ())): steps.append(score_maps(study, f'{n}: walk', _of(j, 'walk'), q))
     steps += [score_pseudo(study, f'{n}: walk, dense CRF', _of(j, 'pseudo')) for n, j in (('round 0', plain), (last, sub))]
     steps += [background_step(study, 'val')] + [taught_by(study, f'network on {n}', _of(j, 'pseudo'), q) for n, j, q in (('round 0', plain, ()), (last, sub, (p['SC-CAM network'],)))]
+    steps += [taught_by(study, f'network on {last}', _of(sub, 'pseudo'), final=True)]
     return scenes_table(study, steps + [taught_by_truth(study)], 'rounds of sub-categories'), steps
 
 # %% ../../nbs/50_study/05_scenes.ipynb #11398919
@@ -405,11 +409,15 @@ def scenes_study_table(
     table, steps = SCENES_TABLES[which](study) if isinstance(which, str) else methods_table(study, which)
     name = f"{which if isinstance(which, str) else '-'.join(which)}-{s.profile}"
     sheet = Path(root)/f'{name}.jpg'
-    scenes_sheet(study, [t for t in steps if t.photos == 'val'][1:], sheet)
+    scenes_sheet(study, network_steps(steps), sheet)
     say(f'\n{table}\n\ntable     {table.save(Path(root)/f"{name}.json")}\npictures  {sheet}')
     return table
 
 # %% ../../nbs/50_study/05_scenes.ipynb #f13efc11
+def network_steps(steps)->list:
+    "The steps that are networks, each once."
+    return [t for t in steps if t.photos == 'val' and t.name != 'all background' and not t.name.endswith('dense CRF')]
+
 def scenes_sheet(study: ScenesStudy, steps, path=None, n: int = 6, width: int = 110):  # `Figure`
     "Photos at even ranks of the first step's scores, the masks of all the steps, and the truth."
     d, names = study.dataset, {t.name.removeprefix('network on '): t for t in steps}
