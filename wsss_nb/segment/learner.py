@@ -11,7 +11,6 @@ __all__ = ['CONTIGUOUS', 'encoder_split', 'FrozenEncoder', 'segment_learner', 't
 from torch import nn
 from fastai.callback.channelslast import ChannelsLast
 from fastai.callback.core import Callback
-import fastai.callback.fp16   # noqa: F401 - gives Learner its to_fp16
 from fastai.learner import Learner
 from fastai.optimizer import Adam
 from fastcore.foundation import L
@@ -50,11 +49,9 @@ def _for_device(
     learn: Learner,
     channels_last: bool|None = None,  # None: what is faster
 )->Learner:
-    "Half precision on a GPU, and the faster memory layout."
-    gpu = learn.dls.device.type == 'cuda'
-    if channels_last is None: channels_last = gpu or learn.model.config['arch'] not in CONTIGUOUS
-    if channels_last: learn.add_cb(ChannelsLast())
-    return learn.to_fp16() if gpu else learn
+    "The faster memory layout on a processor; `fit` sees to a GPU."
+    if channels_last is None: channels_last = learn.model.config['arch'] not in CONTIGUOUS
+    return learn.add_cb(ChannelsLast()) if channels_last else learn
 
 # %% ../../nbs/30_segment/02_learner.ipynb #bf05a9ad
 def segment_learner(
@@ -70,7 +67,7 @@ def segment_learner(
     freeze: bool = False,  # train the decoder only
     dice: float = 0.,      # weight of the soft Dice term
     valid=None,            # view, fraction or None: images held out to watch the loss, labelled by `read_label` too
-    channels_last: bool|None = None,  # memory layout; None: the faster one
+    channels_last: bool|None = None,  # memory layout on a processor; None: the faster one
     metrics=None,          # fastai metrics on the held-out images
     **options,             # decoder options of `create_net`
 )->Learner:

@@ -71,7 +71,7 @@ class ScenesSettings(Settings):
 SCENES_PROFILES = {
     'smoke': ScenesSettings('smoke', size=96, segment_size=96, classifier_epochs=1, segment_epochs=1, classifier_bs=4, segment_bs=4, cam_scales=(1.,), clusters=2, cluster_rounds=1,
                             region_steps=2, edge_epochs=1, edge_bs=4, exp_times=4, seeds=(0, 1)),
-    'sample': ScenesSettings(arch='deeplabv3plus', classifier_epochs=4, cam_scales=(1., 2.), alpha=.25, clusters=3, region_steps=16, segment_epochs=8),
+    'sample': ScenesSettings(arch='deeplabv3plus', classifier_epochs=4, cam_scales=(1., 2.), alpha=.25, clusters=3, region_steps=16, segment_epochs=6),
     'full': ScenesSettings('full', arch='deeplabv3plus', size=320, classifier_epochs=15, segment_size=320, segment_epochs=20),
 }
 

@@ -196,7 +196,7 @@ def stages_table(
 )->Table:
     "What each stage took, on which machine, with which commit."
     def row(r): return {'stage': r.get('name', r['stage']), 'images': str(r.get('images', '')), 'epochs': str(r.get('epochs', '')), 'seconds': float(r['wall_s']),
-                        'peak memory, GB': float(r['peak_memory_gb']), 'config': r['config_hash'], 'commit': r['commit'] or ''}
+                        'peak memory, GB': float(r['peak_memory_gb']), **({'peak GPU memory, GB': r['peak_gpu_memory_gb'], 'images/s': r.get('images_per_s')} if 'peak_gpu_memory_gb' in r else {}), 'config': r['config_hash'], 'commit': r['commit'] or ''}
     h = records[0]['hardware'] if records else {}
     return Table([row(r) for r in records], caption, hardware=f"{h['gpu'] or h['processor']}, {h['cores']} cores" if h else '', digits=1)
 
