@@ -65,6 +65,9 @@ def test_author_gradient_through_the_confidence(author):
 def released():
     "Its inputs; cosines as it makes them: norms with 1e-6 added, at 41×41, interpolated without aligned corners."
     g = golden('bana_losses_reproduction')
+    torch.manual_seed(13)       # the logits take 2 MB and follow from torch's generator; a sample of them is kept
+    torch.randn(1, 8, 41, 41); torch.randn(5, 8, 1, 1); g['logits'] = torch.randn(1, 5, 321, 321)
+    torch.testing.assert_close(g['logits'][..., ::8, ::8], g['logits_every_8th'])
     g['features'] = g['feature_map'].clone().requires_grad_()
     unit = g['features'] / (g['features'].norm(dim=1, keepdim=True) + 1e-6)
     g['scores'] = F.interpolate(F.conv2d(unit, F.normalize(g['cls_weight'])), (321, 321), mode='bilinear')
@@ -137,12 +140,10 @@ def test_masked_mean_of_nothing(): assert masked_mean(torch.tensor([3.]), torch.
 
 def test_poly_and_beta():
     g = golden('bana_lr')
-    rates = PolySchedule([1e-3, 2e-3]).scheds['lr'] if hasattr(PolySchedule([1.]), 'scheds') else None
+    rates = PolySchedule([1e-3, 2e-3]).scheds['lr']
     for i, want in zip((0, 1, 100, 10000, 23804), g['author_poly_lr'].tolist()): np.testing.assert_allclose(rates(i / 23805), [want, 2 * want], rtol=1e-6)
-    compounded = np.cumprod((1 - np.arange(2000) / 23805) ** .9)
-    got = g['re_bs_beta_first2000'].numpy()
-    np.testing.assert_allclose(got[[100, 500]], [.826, .0085], rtol=.01)
-    assert min(np.abs(np.log(got / np.r_[np.ones(k), compounded][k:k + 2000][:2000])).max() for k in (0,)) < .2 and got[1000] < 1e-8
+    got = g['re_bs_beta_first2000'].numpy()      # trap T4: the factors compound
+    np.testing.assert_allclose(got, np.cumprod((1 - np.arange(1, 2001) / 23805) ** .9), rtol=1e-6)
 
 
 def test_crf_of_the_test():
