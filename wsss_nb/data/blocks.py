@@ -44,13 +44,14 @@ class Resized:
         read,                 # callable: item -> uint8 H×W×3 or H×W
         size: int | None,     # side, pixels; None: keep the size
         gb: float = 1.,       # memory for remembered arrays, GB (3·size² bytes an image); 0: remember nothing
+        squash=resize,        # function(array, size) → the square array
     ):
-        self.read, self.size, self.left, self.kept = read, size, gb * 1e9, {}
+        self.read, self.size, self.left, self.kept, self.squash = read, size, gb * 1e9, {}, squash
 
     def __call__(self, item):
         key = str(_path(item))
         if key in self.kept: return self.kept[key]
-        a = resize(self.read(item), self.size)
+        a = self.squash(self.read(item), self.size)
         if self.left >= a.nbytes:
             self.kept[key], self.left = a, self.left - a.nbytes
         return a
@@ -177,17 +178,21 @@ def _read_checked(read_label, n):
     def read(item):
         mask = np.asarray(read_label(item))
         w, h = image_size(item.image)
-        if mask.shape != (h, w):
-            raise InputError(item.image, f'the image is {w}×{h}, its label map {mask.shape[1]}×{mask.shape[0]}', "Make the label map again at the image's size.")
+        if mask.ndim not in (2, 3) or mask.shape[-2:] != (h, w):
+            raise InputError(item.image, f'the image is {w}×{h}, its label map {"×".join(map(str, mask.shape[::-1]))}', "Make the label map again at the image's size.")
         mask = np.where(mask == UNLABELLED, VOID, mask).astype(np.uint8)
         bad = np.setdiff1d(mask, [*range(n + 1), VOID])
         if len(bad): raise InputError(item.image, f'its label map has the numbers {bad[:6].tolist()}, classes are 0 to {n}', 'Check what wrote it.')
         return mask
     return read
 
+def _resize_labels(a, size):
+    "A label map H×W, or several K×H×W, squashed."
+    return resize(a, size) if a.ndim == 2 else np.stack([resize(o, size) for o in a])
+
 # %% ../../nbs/00_data/06_blocks.ipynb #7f512504
 def mask_block(
-    read_label,               # callable: item -> uint8 H×W, ids 0..S, 255 void, 254 unlabelled
+    read_label,               # callable: item -> uint8 H×W, or several maps K×H×W; ids 0..S, 255 void, 254 unlabelled
     segment_classes,          # S names
     size: int | None = 160,   # side of the square, pixels
     stats=([.5]*3, [.5]*3),   # mean and standard deviation, RGB in [0, 1]
@@ -195,8 +200,8 @@ def mask_block(
     splitter=None,            # fastai splitter; default: all for training
     cache_gb: float = 1.,     # memory for squashed images, GB; a third more for masks
 )->DataBlock:
-    "Image -> label map, both through the same crop and flip."
-    read = Resized(_read_checked(read_label, len(segment_classes)), size, cache_gb / 3)
+    "Image -> label map or maps, all through the same crop and flip."
+    read = Resized(_read_checked(read_label, len(segment_classes)), size, cache_gb / 3, _resize_labels)
     def mask(item): return TensorMask(torch.from_numpy(read(item).copy()), codes=['background', *segment_classes])
     block = TransformBlock(type_tfms=mask, batch_tfms=IntToFloatTensor)
     return DataBlock((image_block(size, cache_gb), block), splitter=splitter or IndexSplitter([]),
@@ -205,7 +210,7 @@ def mask_block(
 # %% ../../nbs/00_data/06_blocks.ipynb #51a2a3e5
 def mask_dls(
     view,                     # View: which images; any supervision
-    read_label,               # callable: item -> uint8 H×W (`view.read_mask`, or a LabelStore's `load` by id)
+    read_label,               # callable: item -> uint8 H×W (`view.read_mask`, or a LabelStore's `load` by id), or K×H×W
     segment_classes,          # S names of the masks' classes 1..S
     size: int | None = 160,   # side of the square, pixels
     bs: int = 16,             # images in a batch
@@ -214,7 +219,7 @@ def mask_dls(
     valid=None,               # another View, a fraction of this one (float), or None: nothing held out
     workers: int = 0,         # loader processes; only 0 gives the same batches on every machine
     cache_gb: float = 1.,     # memory for squashed images, GB
-)->DataLoaders:               # x float32 N×3×H×W; y int64 N×H×W, 255 = void
+)->DataLoaders:               # x float32 N×3×H×W; y int64 N×H×W or N×K×H×W, 255 = void
     "Training and validation batches for a segmentation network."
     items, held = _items(view, valid)
     block = mask_block(read_label, segment_classes, size, stats, augment, IndexSplitter(held), cache_gb)

@@ -56,7 +56,7 @@ def _for_device(
 # %% ../../nbs/30_segment/02_learner.ipynb #bf05a9ad
 def segment_learner(
     view,                  # `View`: which images, any supervision
-    read_label,            # function(item) → uint8 H×W, class ids, 254 unlabelled, 255 void
+    read_label,            # function(item) → uint8 H×W, class ids, 254 unlabelled, 255 void; with a `loss` for them, several maps K×H×W
     arch: str = 'unet',    # one of `segment.nets.ARCHITECTURES`
     backbone: str = DEFAULT_BACKBONE,  # timm name of the encoder
     size: int = 160,       # side of the training square, pixels
@@ -66,9 +66,11 @@ def segment_learner(
     pretrained: bool = True,  # encoder with ImageNet weights
     freeze: bool = False,  # train the decoder only
     dice: float = 0.,      # weight of the soft Dice term
+    loss=None,             # another loss, function(logits, labels); None: cross-entropy, with `dice`
     valid=None,            # view, fraction or None: images held out to watch the loss, labelled by `read_label` too
     channels_last: bool|None = None,  # memory layout on a processor; None: the faster one
     metrics=None,          # fastai metrics on the held-out images
+    cbs=None,              # further fastai callbacks
     **options,             # decoder options of `create_net`
 )->Learner:
     "A fastai `Learner` for segmentation with void ignored; it reads no mask but through `read_label`."
@@ -76,7 +78,7 @@ def segment_learner(
     norm = stats(backbone)
     dls = mask_dls(view, read_label, view.segment_classes, size=size, bs=bs, stats=norm, augment=augment, valid=valid)
     net = create_net(arch, backbone, len(view.segment_classes) + 1, pretrained, **options)
-    learn = Learner(dls, net, loss_func=SegmentLoss(dice), opt_func=Adam, splitter=encoder_split, metrics=metrics)
+    learn = Learner(dls, net, loss_func=loss or SegmentLoss(dice), opt_func=Adam, splitter=encoder_split, metrics=metrics, cbs=cbs)
     learn.segment = dict(classes=['background', *view.segment_classes], size=size, mean=list(norm[0]), std=list(norm[1]))
     if freeze: _freeze(learn)
     return _for_device(learn, channels_last)
