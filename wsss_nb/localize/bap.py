@@ -9,11 +9,11 @@ __all__ = ['pad_for_grid', 'cell_sums', 'grid_queries', 'corner_coordinates', 'R
            'bin_windows', 'pool_boxes', 'BapClassifier', 'BapLoss', 'BoxesToNet', 'bap_learner', 'sample_table',
            'fit_bap_head', 'train_bap', 'save_bap', 'load_bap']
 
-# %% ../../nbs/10_localize/07_bap.ipynb #56e696ba
+# %% ../../nbs/10_localize/07_bap.ipynb #b4ae6b47
 from pathlib import Path
 from typing import NamedTuple
 
-# %% ../../nbs/10_localize/07_bap.ipynb #808777e6
+# %% ../../nbs/10_localize/07_bap.ipynb #256fba17
 import torch, torch.nn.functional as F
 from fastai.callback.core import Callback
 from fastai.data.core import DataLoaders
@@ -22,13 +22,13 @@ from fastai.learner import Learner
 from torch import nn
 from tqdm import tqdm
 
-# %% ../../nbs/10_localize/07_bap.ipynb #ec1c7cee
+# %% ../../nbs/10_localize/07_bap.ipynb #6504a98b
 from ..data.boxes import BoxBatch, boxes_dls
 from .backbones import DEFAULT_BACKBONE, create_backbone, stats
 from .cam import FeatureTable, _split, freeze_norms
 from .training import fit, keep_memory, load_network, save_network, seed_everything
 
-# %% ../../nbs/10_localize/07_bap.ipynb #cc31cb01
+# %% ../../nbs/10_localize/07_bap.ipynb #0aea50f5
 def pad_for_grid(
     x: torch.Tensor,    # N×F×h×w
     grid: int,          # cells along each side
@@ -57,7 +57,7 @@ def grid_queries(
     count = cell_sums(m, grid)
     return cell_sums(m * features, grid) / (count + 1e-12), count[..., 0] > 0
 
-# %% ../../nbs/10_localize/07_bap.ipynb #9625aa50
+# %% ../../nbs/10_localize/07_bap.ipynb #8acaea12
 def corner_coordinates(
     v: torch.Tensor,    # pixels, 0-based
     size: int,          # of the image along this side, pixels
@@ -80,7 +80,7 @@ def _weights(a, b, count, n, align_corners):
     t = (t + 1) / 2 * (n - 1) if align_corners else ((t + 1) * n - 1) / 2
     return (1 - (t[..., None] - torch.arange(n, device=a.device)).abs()).clamp_min(0) * (k < count[:, None])[..., None]
 
-# %% ../../nbs/10_localize/07_bap.ipynb #169d60fc
+# %% ../../nbs/10_localize/07_bap.ipynb #87cad6d9
 class Rois(NamedTuple):
     "Where the boxes of a batch are read on a feature map."
     rows: torch.Tensor      # float M×k×h: weights of the map's rows for each sample
@@ -96,7 +96,7 @@ class Rois(NamedTuple):
         rows, cols = self.rows if rows is None else rows, self.cols if cols is None else cols
         return rows[:, None] @ maps[self.image] @ cols[:, None].mT
 
-# %% ../../nbs/10_localize/07_bap.ipynb #dac94990
+# %% ../../nbs/10_localize/07_bap.ipynb #ff04f973
 def boxes_on_map(
     boxes: torch.Tensor,    # float M×4, pixels, half-open
     image: torch.Tensor,    # int64 M, rows of the batch
@@ -109,7 +109,7 @@ def boxes_on_map(
     (xa, xb, nx), (ya, yb, ny) = (_ends(boxes[:, i], boxes[:, i + 2], size[1 - i], shape[1 - i], original) for i in (0, 1))
     return Rois(_weights(ya, yb, ny, shape[0], align_corners), _weights(xa, xb, nx, shape[1], align_corners), ny, nx, image)
 
-# %% ../../nbs/10_localize/07_bap.ipynb #024770cf
+# %% ../../nbs/10_localize/07_bap.ipynb #3ac4dbbd
 def _neighbours(weights):
     "Products of adjacent weights, M×k×(n-1)."
     return weights[..., :-1] * weights[..., 1:]
@@ -139,7 +139,7 @@ def attention(
     cosines = rois.read(products).relu().sum(1) / roi_lengths(features, rois)
     return cosines / valid.sum(1).clamp_min(1)[rois.image][:, None, None]
 
-# %% ../../nbs/10_localize/07_bap.ipynb #ded29654
+# %% ../../nbs/10_localize/07_bap.ipynb #7406ef25
 def bin_windows(
     count: torch.Tensor,    # int64 M, samples of each box along one side
     bins: int,              # along this side
@@ -154,7 +154,7 @@ def bin_windows(
     end = start + (n - (bins - 1) * (n // bins).clamp_min(1)).clamp_min(1)
     return ((k >= start[..., None]) & (k < end[..., None])).float()
 
-# %% ../../nbs/10_localize/07_bap.ipynb #3713565e
+# %% ../../nbs/10_localize/07_bap.ipynb #9a65788d
 def _slots(image, n):
     "Position of each box among those of its photo, and the greatest number of boxes of a photo."
     seen = F.one_hot(image, n).cumsum(0)
@@ -179,7 +179,7 @@ def pool_boxes(
     total = (y @ weight @ x.mT).flatten(1)[..., None] + 1e-12
     return (sums / total).mT.unflatten(2, (bins, bins))
 
-# %% ../../nbs/10_localize/07_bap.ipynb #d410452b
+# %% ../../nbs/10_localize/07_bap.ipynb #8bac56d2
 class BapClassifier(nn.Module):
     "A classifier of boxes and background: `features(x)` ≥ 0 and `weight`, background first."
     def __init__(self,
@@ -205,7 +205,7 @@ class BapClassifier(nn.Module):
         f = self.features(x)
         return self.head(f) if y is None else self.samples(f, y) @ self.weight.T
 
-# %% ../../nbs/10_localize/07_bap.ipynb #90712f4b
+# %% ../../nbs/10_localize/07_bap.ipynb #5b467bf6
 def _rois(self, f, y):
     "The boxes of a batch on its features."
     return boxes_on_map(y.boxes, y.image, y.background.shape[1:], f.shape[2:], align_corners=not self.original, original=self.original)
@@ -233,7 +233,7 @@ def _samples(self,
 
 BapClassifier.rois, BapClassifier.foreground, BapClassifier.samples = _rois, _foreground, _samples
 
-# %% ../../nbs/10_localize/07_bap.ipynb #7e2963ee
+# %% ../../nbs/10_localize/07_bap.ipynb #14e052e5
 class BapLoss:
     "Cross entropy of bins and background queries, all rows alike; 0 without rows."
     def __init__(self,
@@ -247,10 +247,13 @@ class BapLoss:
     def __call__(self, pred, y)->torch.Tensor: return F.cross_entropy(pred, self.targets(pred, y), reduction='sum') / max(len(pred), 1)
     def accuracy(self, pred, y)->torch.Tensor: return (pred.argmax(1) == self.targets(pred, y)).sum() / max(len(pred), 1)
 
-# %% ../../nbs/10_localize/07_bap.ipynb #89252da1
+# %% ../../nbs/10_localize/07_bap.ipynb #90e93e25
 class BoxesToNet(Callback):
     "The network sees the boxes, the loss too."
-    def before_batch(self): self.learn.xb = (*self.xb, *self.yb)
+    order = 10      # after fastai's `CastToTensor`, which makes plain tuples
+    def before_batch(self):
+        self.learn.yb = BoxBatch(self.yb[0]),
+        self.learn.xb = (*self.xb, *self.yb)
 
 def bap_learner(
     view,                       # `View` for 'boxes'
@@ -273,7 +276,7 @@ def bap_learner(
     net = BapClassifier(create_backbone(backbone, output_stride, pretrained), len(view.classes), grid, roi, background_aware)
     return Learner(dls, net, loss_func=loss, metrics=loss.accuracy, splitter=_split, cbs=BoxesToNet())
 
-# %% ../../nbs/10_localize/07_bap.ipynb #c5918edc
+# %% ../../nbs/10_localize/07_bap.ipynb #7217abf5
 class _Head(nn.Module):
     "The head alone: rows of features in, logits out."
     def __init__(self, net): super().__init__(); self.head = net.head
@@ -308,7 +311,7 @@ def fit_bap_head(
     learn.model.eval()
     return learn
 
-# %% ../../nbs/10_localize/07_bap.ipynb #14c7073c
+# %% ../../nbs/10_localize/07_bap.ipynb #b3e3dcc1
 def train_bap(
     view,                   # `View` for 'boxes'
     epochs: int = 3,        # passes over the view, after the head
@@ -325,7 +328,7 @@ def train_bap(
     freeze_norms(learn)
     return fit(learn, epochs, slice(lr / 10, lr), seed=seed, path=path)
 
-# %% ../../nbs/10_localize/07_bap.ipynb #15755f42
+# %% ../../nbs/10_localize/07_bap.ipynb #509ef4e2
 def save_bap(
     net: BapClassifier,     # a trained network
     folder,                 # gets `bap.safetensors` and `bap.json`
