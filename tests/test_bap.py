@@ -115,7 +115,7 @@ def scenes(draw):
     return torch.rand(n, 5, h, w, generator=generator), rows, torch.tensor([b[4] for b in boxes]).long(), size, draw(st.integers(1, 5)), draw(st.integers(1, 3))
 
 
-@settings(max_examples=60, deadline=None)
+@settings(max_examples=30, deadline=None)
 @given(scenes(), st.integers(0, 60))
 def test_all_boxes_at_once_as_one_by_one(scene, edge):
     f, boxes, image, size, grid, bins = scene
@@ -155,7 +155,7 @@ def test_a_place_like_the_background_counts_nothing():
     background = torch.zeros(1, 64, 64, dtype=torch.bool); background[:, :30] = True
     y = BoxBatch([background, torch.tensor([[0., 36, 64, 64]]), torch.tensor([1]), torch.tensor([0])])
     aware, plain = (BapClassifier(Plain(), 3, roi=1, background_aware=b).samples(f, y)[0] for b in (True, False))
-    assert aware[1] > .99 and aware[0] < .01 and plain[0] > .4
+    assert aware[1] > .9 and aware[0] < .1 and plain[0] > .4        # one sample of seven lies between the halves
 
 
 def test_the_gate():

@@ -68,7 +68,7 @@ def corner_coordinates(
 def _ends(lo, hi, size, n, original):
     "First and last sample of each box along one side, -1 to 1, and the number of samples."
     half, eps = (n - 1) / 2, 0 if original else 1e-4
-    a, b = (corner_coordinates(v, size) for v in ((lo, hi) if original else (lo, torch.maximum(hi - 1, lo))))
+    a, b = (corner_coordinates(v, size) for v in ((lo, hi) if original else (lo.clamp(0, size - 1), torch.maximum(hi - 1, lo).clamp(0, size - 1))))
     count = ((b * half + half - eps).ceil() - (a * half + half + eps).floor()).long()
     if original: return a, b, count
     return torch.where(count > 1, a, (a + b) / 2), b, count.clamp_min(1)
