@@ -161,7 +161,7 @@ def read_instances(
 )->CocoFile:
     "Read a COCO file; `InputError` names the file and the annotation."
     images, annotations, categories = _json_lists(path)
-    given, problems = problems, _FirstRaises() if problems is None else problems
+    problems = _FirstRaises() if problems is None else problems
     names, images, seen = _categories(path, categories), _images(path, images, problems), set()
     for n, a in enumerate(annotations, 1):
         id, number = a.get('id', f'number {n}'), a.get('image_id')

@@ -22,7 +22,7 @@ from pycocotools.cocoeval import COCOeval
 
 # %% ../../nbs/40_evaluate/02_instances.ipynb #10b8d2f6
 from ..data.coco import CocoFile, object_rle, outline_of, read_instances
-from ..data.items import VOID, InputError, atomic
+from ..data.items import InputError, atomic
 
 # %% ../../nbs/40_evaluate/02_instances.ipynb #fa45cd2c
 def box_rles(
