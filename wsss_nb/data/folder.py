@@ -8,7 +8,7 @@ Docs: https://wsss-nb.github.io/wsss_nb/00_data/folder.html.md"""
 __all__ = ['HEADERS', 'Problems', 'find_photos', 'read_tags', 'read_coco', 'folder']
 
 # %% ../../nbs/00_data/05_folder.ipynb #9c6b5ffd
-import csv, json, re
+import csv, re
 from collections import Counter
 from contextlib import contextmanager
 from functools import partial
@@ -19,6 +19,7 @@ import numpy as np
 from tqdm.auto import tqdm
 
 # %% ../../nbs/00_data/05_folder.ipynb #d09bf000
+from .coco import has_area, read_instances
 from .items import IMAGE_SUFFIXES, VOID, Dataset, InputError, Item, read_image, read_mask
 from .pets import _stems, fit_boxes, held_out, image_size, read_box_xml
 from .voc import class_id, read_strokes, voc_truth
@@ -102,26 +103,18 @@ def read_tags(
 
 # %% ../../nbs/00_data/05_folder.ipynb #7460cf1a
 def read_coco(
-    path,       # COCO JSON with images, annotations, categories
-):              # category names in order of their ids; dictionary file stem -> ((width, height), list as from `read_box_xml`)
+    path,           # COCO JSON with images, annotations, categories
+    problems=None,  # `Problems`, appended to; None: raise
+):                  # category names in order of their ids; dictionary file stem -> ((width, height), list as from `read_box_xml`)
     "Boxes of a COCO file; `InputError` when it cannot be read."
-    try:
-        d = json.loads(Path(path).read_text(encoding='utf-8'))
-        names = {c['id']: c['name'] for c in sorted(d['categories'], key=lambda c: c['id'])}
-        images = {i['id']: (Path(i['file_name']).stem, (i['width'], i['height']), []) for i in d['images']}
-        for a in d['annotations']:
-            x, y, w, h = a['bbox']
-            images[a['image_id']][2].append((names[a['category_id']], x, y, x + w, y + h, bool(a.get('iscrowd', 0))))
-    except OSError as e: raise InputError(path, f'cannot be read ({e.strerror})', 'Give a COCO JSON or a folder of VOC XML.') from e
-    except (ValueError, KeyError, TypeError) as e:
-        raise InputError(path, f'not a COCO detection file ({type(e).__name__}: {e})', 'It needs images, annotations with bbox, and categories.') from e
-    return list(names.values()), {stem: (size, boxes) for stem, size, boxes in images.values()}
+    f = read_instances(path, problems, outlines=False)
+    return list(f.names.values()), {i.id: (i.size, [(f.names[o.category], *o.box, o.crowd) for o in i.objects if has_area(o, i.size)]) for i in f.images.values()}
 
 # %% ../../nbs/00_data/05_folder.ipynb #29af94f5
 def _raw_boxes(boxes, problems):
     "Boxes by id as ((width, height), objects), and class names where the file lists them."
     if boxes is None: return {}, []
-    if Path(boxes).is_file(): return read_coco(boxes)[::-1]
+    if Path(boxes).is_file(): return read_coco(boxes, problems)[::-1]
     if not Path(boxes).is_dir(): raise InputError(boxes, 'no such file or folder', 'Give a COCO JSON or a folder of VOC XML.')
     found = {}
     for stem, p in _stems(Path(boxes), ('.xml',)).items():

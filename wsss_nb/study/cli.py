@@ -9,6 +9,7 @@ __all__ = ['TABLES', 'parser', 'main']
 
 # %% ../../nbs/50_study/09_cli.ipynb #6ac10c51
 import argparse, sys
+from pathlib import Path
 from ..data.items import InputError
 
 # %% ../../nbs/50_study/09_cli.ipynb #90882229
@@ -85,9 +86,18 @@ def _data(a):
         from wsss_nb.data.sample import sample
         print(f'sample   {sample(a.path, profile=a.profile, seed=a.seed, workers=a.workers)}')
     elif a.which == 'voc': return _voc(a)
+    elif a.which == 'coco': return _coco(a)
     else:
         from wsss_nb.data.pets import download_pets
         print(f'Oxford-IIIT Pet   {download_pets(a.path)}')
+
+def _coco(a):
+    "Say what a COCO folder holds; fetch COCO 2017 where there is none."
+    from wsss_nb.data.coco import coco, download_coco
+    if not (Path(a.path)/'annotations').is_dir(): download_coco(a.path)
+    data = coco(a.path, skip_bad=True)
+    print(f"{data}\n{data.report['boxes']} boxes, {data.report['crowds']} crowds, {len(data.report['missing'])} images missing")
+    return _skipped(data.report['skipped'].values())
 
 def _voc(a):
     "Fetch VOC 2012, and add SBD to it where that is asked for."
@@ -139,7 +149,7 @@ def parser()->argparse.ArgumentParser:
     _command(sub, 'segment', _segment, 'Train a segmentation model on your own tagged photos.', photos, *_segment_options())
     _command(sub, 'predict', _predict, 'Masks and overlays of new photos.', ('model', dict(metavar='MODEL', help='folder written by wsss segment')), photos,
              ('-o --output', dict(metavar='MASKS', default='masks', help='where the masks go')), ('--no-overlays', dict(action='store_true', help='masks only')))
-    _command(sub, 'data', _data, 'Render the sample, or fetch Oxford-IIIT Pet or PASCAL VOC 2012.', ('which', dict(choices=('sample', 'pets', 'voc'))), ('path', dict(metavar='PATH', help='where to put it')), profile,
+    _command(sub, 'data', _data, 'Render the sample, or fetch Oxford-IIIT Pet, PASCAL VOC 2012 or COCO 2017.', ('which', dict(choices=('sample', 'pets', 'voc', 'coco'))), ('path', dict(metavar='PATH', help='where to put it')), profile,
              ('--sbd', dict(action='store_true', help='with voc: fetch SBD too, and add SegmentationClassAug and the list train_aug to VOC2012')))
     _command(sub, 'evaluate', _evaluate, 'Scores of predicted masks.', ('masks', dict(metavar='MASKS', help='predicted masks, PNG of class numbers')),
              ('truth', dict(metavar='TRUTH', help='true masks of the same names')), ('--trimaps', dict(action='store_true', help='TRUTH holds Oxford-IIIT Pet trimaps')))
