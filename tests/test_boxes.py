@@ -1,6 +1,5 @@
 "Boxes against the originals' arrays; transforms that keep image, boxes and mask together; annotations that lie."
 import random
-import warnings
 from dataclasses import replace
 from pathlib import Path
 

@@ -23,7 +23,7 @@ from torchvision.transforms.functional import normalize
 # %% ../../nbs/00_data/08_boxes.ipynb #8aebf575
 from .blocks import Augment, Resized, _items, _path
 from .folder import Problems
-from .items import InputError, read_image, resize_mask
+from .items import read_image, resize_mask
 from .pets import image_size, read_box_xml
 from .voc import VOC_CLASSES
 
