@@ -242,7 +242,7 @@ def test_saved_and_opened(data, tmp_path):
     view, crf, ret = data
     model = segmenter(fit(two_label_learner(view, crf, ret, tau=11., **SMALL), 1, 1e-2))
     image = np.array(Image.open(view[0].image))
-    assert np.array_equal(load_segmenter(model.save(tmp_path/'m')).probabilities(image), model.probabilities(image))
+    assert np.allclose(load_segmenter(model.save(tmp_path/'m')).probabilities(image), model.probabilities(image), atol=1e-6)      # another memory layout adds in another order
     assert json.loads((tmp_path/'m'/'model.json').read_text())['net']['tau'] == 11.
     mask = STAGE3['vgg'].mask(image, model.probabilities(image))
     assert mask.shape == image.shape[:2] and mask.dtype == np.uint8
