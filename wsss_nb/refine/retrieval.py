@@ -10,6 +10,7 @@ __all__ = ['OVERLAPS', 'BANA_CRF', 'box_pixels', 'box_masks', 'interpolation', '
            'stage2_unary', 'retrieved', 'check_features', 'retrieve', 'agreed', 'write_box_masks']
 
 # %% ../../nbs/20_refine/07_retrieval.ipynb #7369b130
+import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
@@ -19,7 +20,7 @@ import numpy as np, torch, torch.nn.functional as F
 from joblib import Parallel, delayed
 
 # %% ../../nbs/20_refine/07_retrieval.ipynb #6b45e539
-from ..data.items import VOID, Box, InputError, read_image
+from ..data.items import VOID, InputError, read_image
 from ..data.store import LabelStore
 from ..localize.backbones import stats
 from ..localize.cam import _batches
