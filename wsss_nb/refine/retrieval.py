@@ -9,24 +9,24 @@ __all__ = ['OVERLAPS', 'BANA_CRF', 'box_pixels', 'box_masks', 'interpolation', '
            'reduce_adjoint', 'prototypes', 'correlations', 'background_attention', 'box_maps', 'box_unary', 'Retrieval',
            'stage2_unary', 'retrieved', 'check_features', 'retrieve', 'agreed', 'write_box_masks']
 
-# %% ../../nbs/20_refine/07_retrieval.ipynb #9b851afe
+# %% ../../nbs/20_refine/07_retrieval.ipynb #7369b130
 import os
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import partial
 
-# %% ../../nbs/20_refine/07_retrieval.ipynb #6e96422d
+# %% ../../nbs/20_refine/07_retrieval.ipynb #ed6f7059
 import numpy as np, torch, torch.nn.functional as F
 from joblib import Parallel, delayed
 
-# %% ../../nbs/20_refine/07_retrieval.ipynb #640113d4
+# %% ../../nbs/20_refine/07_retrieval.ipynb #6b45e539
 from ..data.items import VOID, InputError, read_image
 from ..data.store import LabelStore
 from ..localize.backbones import stats
 from ..localize.cam import _batches
 from .crf import CRFSettings, check_guide, crf_probabilities
 
-# %% ../../nbs/20_refine/07_retrieval.ipynb #c99ffe23
+# %% ../../nbs/20_refine/07_retrieval.ipynb #196a39ec
 def box_pixels(
     boxes: Iterable,    # `Box`es of one image
     size,               # (H, W) of the image, pixels
@@ -42,7 +42,7 @@ def box_pixels(
     if wrong.any(): raise ValueError(f'box {wrong.argmax() + 1} of {len(given)} has class {given[wrong.argmax(), 0]:g}; classes are 1 to {n_classes or "…"}')
     return out.astype(np.int64)
 
-# %% ../../nbs/20_refine/07_retrieval.ipynb #23636389
+# %% ../../nbs/20_refine/07_retrieval.ipynb #46bc1ff3
 def box_masks(
     boxes,      # int K×5, see `box_pixels`
     keys,       # class ids, sequence of C
@@ -53,7 +53,7 @@ def box_masks(
     for c, x0, y0, x1, y1 in np.asarray(boxes).tolist(): out[list(keys).index(c), y0:y1, x0:x1] = True
     return out
 
-# %% ../../nbs/20_refine/07_retrieval.ipynb #c9471354
+# %% ../../nbs/20_refine/07_retrieval.ipynb #1995ddfd
 def interpolation(
     n: int,         # values given, at least 1
     size: int,      # values wanted, at least 1
@@ -73,7 +73,7 @@ def enlarge(
     if not len(maps): return maps.new_zeros(0, *size)
     return F.interpolate(maps[None], size=tuple(size), mode='bilinear', align_corners=True)[0]
 
-# %% ../../nbs/20_refine/07_retrieval.ipynb #c02df4de
+# %% ../../nbs/20_refine/07_retrieval.ipynb #00e04b95
 def pair_products(
     f: torch.Tensor,    # features, float32 F×h×w
 )->torch.Tensor:        # float32 (2h−1)×(2w−1)
@@ -94,7 +94,7 @@ def interpolated_norm(
     py, px = (torch.cat([a * a, 2 * a[:, :-1] * a[:, 1:]], 1).float() for a in map(interpolation, features.shape[1:], size))
     return (py @ table @ px.T).clamp_min_(0).sqrt_().mul_(scale)
 
-# %% ../../nbs/20_refine/07_retrieval.ipynb #1d892b3f
+# %% ../../nbs/20_refine/07_retrieval.ipynb #6795e93d
 def reduce_adjoint(
     maps: torch.Tensor,     # float K×H×W
     grid,                   # (h, w) of the features
@@ -114,7 +114,7 @@ def prototypes(
     mean = share.flatten(1) @ features.flatten(1).T
     return mean if fallback is None else torch.where(count > 0, mean, fallback.float())
 
-# %% ../../nbs/20_refine/07_retrieval.ipynb #59e4e531
+# %% ../../nbs/20_refine/07_retrieval.ipynb #9577c2c5
 def correlations(
     features: torch.Tensor,     # float F×h×w
     vectors: torch.Tensor,      # float K×F
@@ -128,7 +128,7 @@ def correlations(
 
 def _products(features, vectors): return (vectors @ features.flatten(1)).unflatten(1, features.shape[1:])
 
-# %% ../../nbs/20_refine/07_retrieval.ipynb #751de505
+# %% ../../nbs/20_refine/07_retrieval.ipynb #04852f55
 def background_attention(
     features: torch.Tensor,     # float F×h×w
     background: torch.Tensor,   # bool H×W, true outside all boxes
@@ -140,7 +140,7 @@ def background_attention(
     u = correlations(features, query, background.shape, norm)[0]
     return torch.where(u < threshold * u.max(), 0, u)
 
-# %% ../../nbs/20_refine/07_retrieval.ipynb #685d7295
+# %% ../../nbs/20_refine/07_retrieval.ipynb #3f5ecb17
 OVERLAPS = 'max', 'last'
 
 def box_maps(
@@ -158,7 +158,7 @@ def box_maps(
         b.copy_(torch.maximum(a, b) if overlap == 'max' else a)
     return out
 
-# %% ../../nbs/20_refine/07_retrieval.ipynb #32706a91
+# %% ../../nbs/20_refine/07_retrieval.ipynb #bac25553
 def box_unary(
     first: torch.Tensor,        # float H×W in [0, 1], the background's channel
     maps: torch.Tensor,         # float C×H×W in [0, 1], see `box_maps`
@@ -168,7 +168,7 @@ def box_unary(
     u = torch.cat([first[None], maps])
     return torch.where(background, u, u.softmax(0))
 
-# %% ../../nbs/20_refine/07_retrieval.ipynb #e9b859cb
+# %% ../../nbs/20_refine/07_retrieval.ipynb #b874f0f1
 BANA_CRF = CRFSettings(gaussian_sxy=3, gaussian_compat=3, bilateral_sxy=55, srgb=3, bilateral_compat=4)
 
 @dataclass
@@ -182,7 +182,7 @@ class Retrieval:
     corr: np.ndarray        # float32 (1+C)×H×W in [0, 1], resemblance to each prototype
     y_ret: np.ndarray       # uint8 H×W, class ids
 
-# %% ../../nbs/20_refine/07_retrieval.ipynb #778fd1b2
+# %% ../../nbs/20_refine/07_retrieval.ipynb #86212e7b
 def _outside_map(features, weight, inside):
     "Activation of the background's weights outside the boxes, maximum 1."
     m = enlarge(_products(features, weight[:1]), inside.shape)[0].relu() * ~inside
@@ -205,7 +205,7 @@ def stage2_unary(
     first = torch.where(background, 1, u0) if use_u0 else _outside_map(features, weight, box_masks(boxes, keys, size).any(0))
     return u0, box_unary(first, maps, background)
 
-# %% ../../nbs/20_refine/07_retrieval.ipynb #6644ccf9
+# %% ../../nbs/20_refine/07_retrieval.ipynb #141caaff
 def retrieved(
     features: torch.Tensor,     # float F×h×w
     weight: torch.Tensor,       # float (C+1)×F, rows stand in for classes without a pixel
@@ -221,7 +221,7 @@ def retrieved(
     corr[1:] *= inside
     return corr
 
-# %% ../../nbs/20_refine/07_retrieval.ipynb #f6de0676
+# %% ../../nbs/20_refine/07_retrieval.ipynb #a5c75b23
 def check_features(
     features: torch.Tensor,     # float F×h×w
     weight: torch.Tensor,       # float (C+1)×F
@@ -237,7 +237,7 @@ def _refined(image, unary, inside, settings, fit_size):
     posterior[1:] *= inside
     return posterior
 
-# %% ../../nbs/20_refine/07_retrieval.ipynb #6cbc52fa
+# %% ../../nbs/20_refine/07_retrieval.ipynb #68be0db9
 @torch.inference_mode()
 def retrieve(
     features: torch.Tensor,     # float F×h×w, of the classifier, at its own resolution; BANA's are ≥ 0
@@ -265,7 +265,7 @@ def retrieve(
     corr = retrieved(features, weight[names.tolist()], torch.from_numpy(labels), background, inside, norm).numpy()
     return Retrieval(tuple(keys.tolist()), u0.numpy(), unary.numpy(), posterior, names[labels], corr, names[corr.argmax(0)])
 
-# %% ../../nbs/20_refine/07_retrieval.ipynb #9bb022df
+# %% ../../nbs/20_refine/07_retrieval.ipynb #25e1344a
 def agreed(
     y_crf,      # uint8 H×W
     y_ret,      # uint8 H×W
@@ -273,7 +273,7 @@ def agreed(
     "The label that both maps give a pixel, else void."
     return np.where(np.asarray(y_crf) == y_ret, y_crf, VOID).astype(np.uint8)
 
-# %% ../../nbs/20_refine/07_retrieval.ipynb #26f35363
+# %% ../../nbs/20_refine/07_retrieval.ipynb #f7c284a6
 def _box_masks(item, features, weight, names, stores, options):
     "Make and save both masks of one item; (id, problem) if that is not possible."
     try:
@@ -292,7 +292,7 @@ def _todo(view, stores):
         except InputError as e: bad.append((o.id, str(e)))
     return todo, bad
 
-# %% ../../nbs/20_refine/07_retrieval.ipynb #3c0750e1
+# %% ../../nbs/20_refine/07_retrieval.ipynb #af6673b7
 def _check_net(net, view):
     "Weights of the network as an array; `ValueError` unless network and view fit."
     weight = net.weight.detach().cpu().numpy()
