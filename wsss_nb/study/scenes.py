@@ -7,9 +7,9 @@ Docs: https://wsss-nb.github.io/wsss_nb/50_study/scenes.html.md"""
 # %% auto #0
 __all__ = ['SCENES_PROFILES', 'PAPER', 'SWEEP', 'SCENES_PUBLISHED', 'SCENES_METHODS', 'SCENES_TABLES', 'ScenesSettings',
            'scenes_settings', 'paper_settings', 'scenes_data', 'tagged', 'puzzle_stage', 'regions_stage', 'fit_stage',
-           'confident_stage', 'edges_stage', 'walk_stage', 'refined', 'halved', 'cam_masks', 'puzzle_masks',
-           'silop_masks', 'subcategory_stage', 'round_maps', 'sccam_masks', 'Step', 'over_seeds', 'class_sweep',
-           'ScenesStudy', 'score_pseudo', 'score_maps', 'score_network', 'taught_by', 'taught_by_truth',
+           'sure_thresholds', 'confident_stage', 'edges_stage', 'walk_stage', 'refined', 'halved', 'cam_masks',
+           'puzzle_masks', 'silop_masks', 'subcategory_stage', 'round_maps', 'sccam_masks', 'Step', 'over_seeds',
+           'class_sweep', 'ScenesStudy', 'score_pseudo', 'score_maps', 'score_network', 'taught_by', 'taught_by_truth',
            'background_step', 'scenes_table', 'silop_table', 'sccam_table', 'methods_table', 'scenes_study_table',
            'network_steps', 'scenes_sheet']
 
@@ -33,6 +33,7 @@ from ..refine.affinity import edge_maps, load_edges, save_edges, train_edges
 from ..refine.crf import CRFSettings
 from ..refine.perimeter import write_perimeterfit
 from ..refine.regions import write_regions
+from ..refine.threshold import choose_threshold
 from ..refine.walk import write_walks
 from .main import CLASSIFIER_TRAINING, Settings, Trivial, _complain, _part, cam_stage, classifier_stage, maps_stage, masks_stage, predict_stage, profile_settings, read_stored, rule_threshold, segment_stage
 from .runs import Run, data_hash, hardware, run_stage
@@ -50,8 +51,9 @@ class ScenesSettings(Settings):
     cluster_rounds: int = 3     # SC-CAM: classifiers in a row after the first
     cluster_weight: float = 5.  # SC-CAM: of the loss of the sub-categories
     region_steps: int = 64      # SILOP: of the network that merges superpixels
-    confident: tuple = (.4, .1)     # thresholds of sure foreground and sure background (Puzzle-CAM, README)
-    confident_fit: tuple = (.6, .4) # the same for maps with PerimeterFit, up to 2 (SILOP, README)
+    sure: tuple = (.5, 1.5)     # the strongest pixels are surely object, all but so many surely background, in units of `area`
+    confident: tuple|None = None    # thresholds in place of `sure`
+    confident_fit: tuple|None = None    # the same for maps with PerimeterFit, up to 2
     edge_epochs: int = 10       # of the edge network
     edge_lr: float = .05        # its rate at the start
     edge_momentum: float = .9   # of its gradient; the originals have 1e-4 by mistake, and a rate of .1
@@ -71,7 +73,7 @@ class ScenesSettings(Settings):
 SCENES_PROFILES = {
     'smoke': ScenesSettings('smoke', size=96, segment_size=96, classifier_epochs=1, segment_epochs=1, classifier_bs=4, segment_bs=4, cam_scales=(1.,), clusters=2, cluster_rounds=1,
                             region_steps=2, edge_epochs=1, edge_bs=4, exp_times=4, seeds=(0, 1)),
-    'sample': ScenesSettings(arch='deeplabv3plus', classifier_epochs=4, cam_scales=(1., 2.), alpha=.25, clusters=3, region_steps=16, segment_epochs=6),
+    'sample': ScenesSettings(arch='deeplabv3plus', classifier_epochs=4, cam_scales=(1., 2.), alpha=.25, clusters=3, region_steps=16, exp_times=5, segment_epochs=6),
     'full': ScenesSettings('full', arch='deeplabv3plus', size=320, classifier_epochs=15, segment_size=320, segment_epochs=20),
 }
 
@@ -84,7 +86,7 @@ def scenes_settings(
 
 # %% ../../nbs/50_study/05_scenes.ipynb #4d252e88
 _puzzle = ScenesSettings('paper', backbone='resnest101e', size=512, classifier_train='sgd', classifier_epochs=15, classifier_bs=32, classifier_lr=.1, cam_scales=(.5, 1., 1.5, 2.),
-                         edge_epochs=3, edge_bs=32, edge_lr=.1, edge_momentum=1e-4, arch='deeplabv3plus', segment_backbone='resnest101e', segment_size=512, segment_epochs=50, segment_bs=32, segment_lr=.007, predict_scales=(.5, 1., 1.5, 2.), predict_crf='psa')
+                         confident=(.4, .1), confident_fit=(.6, .4), edge_epochs=3, edge_bs=32, edge_lr=.1, edge_momentum=1e-4, arch='deeplabv3plus', segment_backbone='resnest101e', segment_size=512, segment_epochs=50, segment_bs=32, segment_lr=.007, predict_scales=(.5, 1., 1.5, 2.), predict_crf='psa')
 PAPER = {
     'puzzle': _puzzle,      # OFRIN/PuzzleCAM @95a75f4, README
     'silop': replace(_puzzle, classifier_epochs=60, classifier_bs=8, edge_epochs=15, edge_bs=8, segment_epochs=200, segment_bs=8),   # ErikOstrowski/SILOP @96eda2e, README
@@ -138,6 +140,10 @@ def fit_stage(root, view, s: ScenesSettings, maps: Run, say, workers=None):
     return run_stage(root, 'perimeterfit', {'maps': maps.hash, 'regions': [r.hash for r in regions]}, work, say)
 
 # %% ../../nbs/50_study/05_scenes.ipynb #274f7939
+def sure_thresholds(maps: Run, view, s: ScenesSettings, published=None)->tuple:
+    "Thresholds of sure foreground and sure background: the published ones, or those that mark the shares of `sure`."
+    return published or tuple(round(choose_threshold(MapStore(maps/'maps'), view.ids, 'area', share=k * s.area), 4) for k in s.sure)
+
 def confident_stage(root, view, s: ScenesSettings, maps: Run, thresholds, say, workers=None):
     "Sure labels of maps, void elsewhere; a `Run` with a `LabelStore` in `masks`."
     foreground, background = thresholds
@@ -163,9 +169,9 @@ def walk_stage(root, view, s: ScenesSettings, maps: Run, edges: Run, say, worker
         return {'images': len(view)}
     return run_stage(root, 'walk', _part(s, 'beta', 'exp_times', 'walk_radius') | {'maps': maps.hash, 'edges': edges.hash}, work, say)
 
-def refined(root, view, s: ScenesSettings, classifier: Run, taught_by: Run, walked: Run, thresholds, say, workers=None)->dict:  # stage name → `Run`
+def refined(root, view, s: ScenesSettings, classifier: Run, taught_by: Run, walked: Run, published, say, workers=None)->dict:  # stage name → `Run`
     "Sure labels of some maps → edges → walk on the same or other maps → dense CRF."
-    runs = {'confident': confident_stage(root, view, s, taught_by, thresholds, say, workers)}
+    runs = {'confident': confident_stage(root, view, s, taught_by, sure_thresholds(taught_by, view, s, published), say, workers)}
     runs['edges'] = edges_stage(root, view, s, classifier, runs['confident'], say)
     runs['walk'] = walk_stage(root, view, s, walked, runs['edges'], say, workers)
     t = rule_threshold(runs['walk'], view, s)
@@ -174,8 +180,8 @@ def refined(root, view, s: ScenesSettings, classifier: Run, taught_by: Run, walk
 
 # %% ../../nbs/50_study/05_scenes.ipynb #0b9e6b8b
 def halved(thresholds)->tuple:
-    "SILOP's thresholds for maps up to 2, as thresholds for maps up to 1."
-    return tuple(t / 2 for t in thresholds)
+    "SILOP's thresholds for maps up to 2, as thresholds for maps up to 1; None stays None."
+    return thresholds and tuple(t / 2 for t in thresholds)
 
 def cam_masks(root, view, s: ScenesSettings, say=print, workers=None, stage=classifier_stage)->dict:     # stage name → `Run`
     "Classifier → CAM → edges → walk → dense CRF: the frame of all the systems."
