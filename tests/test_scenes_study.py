@@ -123,6 +123,18 @@ def test_half_the_maps_at_half_the_thresholds():
     assert (agreement_labels(image, values, .6, .4) == agreement_labels(image, values / 2, f, b)).all()
 
 
+def test_sure_labels_by_area(photos, tmp_path):
+    "The strongest half of the object's share is surely object, all but one and a half of it surely background; published thresholds are taken as they are."
+    view, rng = scenes.tagged(scenes.scenes_data(photos).view('tags', 'train')), np.random.default_rng(2)
+    store, s = MapStore(tmp_path/'maps'), scenes.scenes_settings('smoke')
+    for i in view.ids: store.save(i, Maps((1, 2), rng.random((2, 40, 50)) ** 2))
+    high, low = scenes.sure_thresholds(tmp_path, view, s)
+    v = np.stack([store.load(i).values.max(0) for i in view.ids])
+    assert (v > high).mean() == pytest.approx(s.area / 2, abs=.005) and (v > low).mean() == pytest.approx(1.5 * s.area, abs=.005)
+    assert scenes.sure_thresholds(tmp_path, view, s, (.4, .1)) == (.4, .1)
+    assert scenes.halved(None) is None and scenes.paper_settings('silop').confident_fit == (.6, .4)
+
+
 # Scores
 
 def test_sweep_is_scikit_learns(photos, tmp_path):
