@@ -2,6 +2,7 @@
 import json
 import os
 import shutil
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -9,6 +10,8 @@ import pytest
 from hypothesis import given, settings, strategies as st
 from PIL import Image
 from pycocotools import mask as rle
+import drawn
+from drawn import packed
 from wsss_nb.data.coco import (COCO_ARCHIVES, CocoImage, CocoObject, class_numbers, coco, coco_mask, coco_masks, download_coco, grey_images, outline_of,
                                read_instances, run_lengths, voc_numbers)
 from wsss_nb.data.folder import folder, read_coco
@@ -23,17 +26,7 @@ PUBLISHED = dict(zip([*range(1, 12), *range(13, 26), 27, 28, *range(31, 45), *ra
     'wine glass,cup,fork,knife,spoon,bowl,banana,apple,sandwich,orange,broccoli,carrot,hot dog,pizza,donut,cake,chair,couch,potted plant,bed,dining table,toilet,tv,'
     'laptop,mouse,remote,keyboard,cell phone,microwave,oven,toaster,sink,refrigerator,book,clock,vase,scissors,teddy bear,hair drier,toothbrush').split(',')))
 W, H = 60, 40
-
-
-def packed(m):
-    r = rle.encode(np.asfortranarray(m, np.uint8))
-    return {'size': r['size'], 'counts': r['counts'].decode()}
-
-
-def rectangle(x0, y0, x1, y1):
-    m = np.zeros((H, W), np.uint8)
-    m[y0:y1, x0:x1] = 1
-    return m
+rectangle = partial(drawn.rectangle, (H, W))
 
 
 def note(id, image, category, seg, box, crowd=0):

@@ -2,6 +2,7 @@
 import io
 import json
 from contextlib import redirect_stdout
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -11,22 +12,14 @@ from PIL import Image
 from pycocotools import mask as rle
 from pycocotools.coco import COCO
 from pycocotools.cocoeval import COCOeval
+import drawn
+from drawn import packed
 from wsss_nb.data.coco import coco, read_instances
 from wsss_nb.data.items import Box, InputError
 from wsss_nb.evaluate.instances import AP_NAMES, box_rles, instance_ap, instance_results, read_results, write_results
 
 W, H = 160, 120
-
-
-def packed(m):
-    r = rle.encode(np.asfortranarray(m, np.uint8))
-    return {'size': r['size'], 'counts': r['counts'].decode()}
-
-
-def rectangle(x0, y0, x1, y1):
-    m = np.zeros((H, W), np.uint8)
-    m[y0:y1, x0:x1] = 1
-    return m
+rectangle = partial(drawn.rectangle, (H, W))
 
 
 def random_box(rng):

@@ -16,8 +16,6 @@ from typing import NamedTuple
 # %% ../../nbs/10_localize/07_bap.ipynb #256fba17
 import torch, torch.nn.functional as F
 from fastai.callback.core import Callback
-from fastai.data.core import DataLoaders
-from fastai.data.load import DataLoader
 from fastai.learner import Learner
 from torch import nn
 from tqdm import tqdm
@@ -25,7 +23,7 @@ from tqdm import tqdm
 # %% ../../nbs/10_localize/07_bap.ipynb #6504a98b
 from ..data.boxes import BoxBatch, boxes_dls
 from .backbones import DEFAULT_BACKBONE, create_backbone, stats
-from .cam import FeatureTable, _split, freeze_norms
+from .cam import FeatureTable, fit_table, _split, freeze_norms
 from .training import fit, keep_memory, load_network, save_network, seed_everything
 
 # %% ../../nbs/10_localize/07_bap.ipynb #0aea50f5
@@ -306,8 +304,7 @@ def fit_bap_head(
 )->Learner:             # the same, its model in eval mode
     "Train the head of a learner's classifier on the features of its backbone, which stays as it is."
     table = sample_table(learn, passes, seed)
-    loaders = [DataLoader(t, bs=max(min(256, len(table)), 1), shuffle=t is table, num_workers=0) for t in (table, [])]
-    if len(table): fit(Learner(DataLoaders(*loaders, device=learn.dls.device), _Head(learn.model), loss_func=F.cross_entropy), epochs, lr, seed=seed)
+    if len(table): fit_table(_Head(learn.model), table, F.cross_entropy, epochs, lr, seed, 256, learn.dls.device)
     learn.model.eval()
     return learn
 
