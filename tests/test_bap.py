@@ -170,6 +170,25 @@ def test_the_gate():
         assert len(net.samples(f, y)) > 4, 'the queries stay examples'
 
 
+def test_a_box_with_one_sample_is_read_in_its_middle():
+    "A ramp of ten places on 100 pixels; the original reads at the upper left corner."
+    f, box = torch.arange(10.).expand(1, 1, 10, 10), torch.tensor([[34., 34, 38, 38]])
+    for original, x in ((False, 35.5), (True, 34.)):
+        rois = boxes_on_map(box, torch.zeros(1).long(), (100, 100), (10, 10), original=original)
+        assert rois.n_cols[0] == 1 and rois.n_rows[0] == 1
+        assert torch.allclose(rois.read(f).flatten(), torch.tensor(x / 99 * 9), atol=1e-4)
+
+
+def test_bins_without_a_sample_of_their_own():
+    "Two samples for three bins: across the first is repeated, down the last, as in the original."
+    f, box = torch.stack([torch.arange(10.).expand(10, 10), torch.arange(10.)[:, None].expand(10, 10)])[None], torch.tensor([[40., 40, 56, 56]])
+    rois = boxes_on_map(box, torch.zeros(1).long(), (100, 100), (10, 10))
+    assert rois.n_cols[0] == 2 and rois.n_rows[0] == 2
+    across, down = pool_boxes(f, rois, torch.ones(1, 2, 2), 3)[0]
+    lo, hi = 40 / 11, 5.
+    assert torch.allclose(across[0], torch.tensor([lo, lo, hi]), atol=1e-4) and torch.allclose(down[:, 0], torch.tensor([lo, hi, hi]), atol=1e-4)
+
+
 # Odd batches
 
 def some(boxes, background=None, n=2):
