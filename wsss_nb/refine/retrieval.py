@@ -7,7 +7,7 @@ Docs: https://wsss-nb.github.io/wsss_nb/20_refine/retrieval.html.md"""
 # %% auto #0
 __all__ = ['OVERLAPS', 'BANA_CRF', 'box_pixels', 'box_masks', 'interpolation', 'enlarge', 'interpolated_norm', 'reduce_adjoint',
            'prototypes', 'correlations', 'background_attention', 'box_maps', 'box_unary', 'Retrieval', 'stage2_unary',
-           'retrieved', 'check_features', 'retrieve', 'agreed', 'write_box_masks']
+           'retrieved', 'check_features', 'retrieve', 'agreed', 'write_box_masks', 'OtherClasses']
 
 # %% ../../nbs/20_refine/07_retrieval.ipynb #7369b130
 import os
@@ -182,7 +182,7 @@ def _outside_map(features, weight, inside):
 
 def stage2_unary(
     features: torch.Tensor,     # float F×h×w
-    weight: torch.Tensor,       # float (C+1)×F
+    weight: torch.Tensor,       # float (C+1)×F; a row of zeros: a class that the classifier does not know, its map is 1 − u0
     boxes,                      # int K×5, see `box_pixels`
     background: torch.Tensor,   # bool H×W
     use_u0: bool = True,        # attention of the background in its channel; False: activation of its weights, outside boxes only
@@ -192,8 +192,9 @@ def stage2_unary(
 )->tuple:                       # u0 float H×W; unary float (1+C)×H×W, C classes of the boxes in ascending order
     "Attention of the background and what the CRF is to be given."
     keys, size = np.unique(np.asarray(boxes)[:, 0]).tolist(), background.shape
-    maps = box_maps(enlarge(_products(features, weight[keys]), size).relu_(), boxes, keys, overlap)
     u0 = background_attention(features, background, threshold, norm) if use_u0 else torch.zeros(size)
+    raw = torch.where(weight[keys].any(1)[:, None, None], enlarge(_products(features, weight[keys]), size).relu_(), 1 - u0)
+    maps = box_maps(raw, boxes, keys, overlap)
     first = torch.where(background, 1, u0) if use_u0 else _outside_map(features, weight, box_masks(boxes, keys, size).any(0))
     return u0, box_unary(first, maps, background)
 
@@ -315,3 +316,15 @@ def write_box_masks(
             maps = net.features(x).float().cpu().numpy()
             bad += filter(None, pool(work(o, f) for o, f in zip(items, maps)))
     return sorted(bad)
+
+# %% ../../nbs/20_refine/07_retrieval.ipynb #4d44956a
+class OtherClasses:
+    "A classifier of boxes for the classes of another data set."
+    def __init__(self,
+        net,        # has `.features` and `.weight`
+        numbers,    # for the background and each class, its row of `net.weight`, 0 for none; see `data.coco.voc_numbers`
+    ):
+        rows = torch.as_tensor(numbers, device=net.weight.device)
+        known = rows > 0; known[0] = True
+        self.features, self.weight = net.features, net.weight.detach()[rows] * known[:, None]
+

@@ -93,9 +93,10 @@ def train_segmenter(
     wd: float = .01,       # weight decay
     seed: int = 0,         # with the other arguments and the data, determines the result on a CPU
     path=None,             # checkpoint file; resumes from it
-    **kwargs,              # further arguments of `segment_learner`
+    learner=segment_learner,    # or another function(view, read_label, seed=…, …) → `Learner`
+    **kwargs,              # further arguments of it
 )->Learner:                # trained
     "Train a segmentation network: the one schedule, whatever the labels come from."
-    learn = segment_learner(view, read_label, seed=seed, **kwargs)
+    learn = learner(view, read_label, seed=seed, **kwargs)
     rates = slice(lr * encoder_lr, lr) if len(encoder_split(learn.model)) > 1 else lr
     return fit(learn, epochs, rates, seed=seed, wd=wd, path=path)

@@ -10,8 +10,8 @@ __all__ = ['SCENES_PROFILES', 'PAPER', 'SWEEP', 'SCENES_PUBLISHED', 'SCENES_METH
            'sure_thresholds', 'confident_stage', 'edges_stage', 'walk_stage', 'refined', 'halved', 'cam_masks',
            'puzzle_masks', 'silop_masks', 'subcategory_stage', 'round_maps', 'sccam_masks', 'Step', 'over_seeds',
            'class_sweep', 'ScenesStudy', 'score_pseudo', 'score_maps', 'score_network', 'taught_by', 'taught_by_truth',
-           'background_step', 'scenes_table', 'silop_table', 'sccam_table', 'methods_table', 'scenes_study_table',
-           'network_steps', 'scenes_sheet']
+           'background_step', 'scenes_table', 'study_table', 'silop_table', 'sccam_table', 'methods_table',
+           'scenes_study_table', 'network_steps', 'scenes_sheet']
 
 # %% ../../nbs/50_study/05_scenes.ipynb #4311e690
 import copy
@@ -239,6 +239,7 @@ class Step:
     oracle: list|None = None    # for maps: mIoU at the best threshold, for each seed
     published: tuple = ()   # of `Published`
     masks: object = None    # store or mapping of the first seed
+    more: dict|None = None  # further columns
 
 def over_seeds(results)->dict:
     "mIoU of one step under several seeds: mean with its interval over photos, and the spread between seeds."
@@ -298,13 +299,13 @@ def score_maps(study: ScenesStudy, name, runs, published=())->Step:
     step.oracle = [float(np.nanmax(class_sweep(MapStore(r/'maps'), study.dataset, ids))) for r in runs]
     return step
 
-def score_network(study: ScenesStudy, name, view, labels, read, published=(), end='', epochs=None, final=False)->Step:
-    "A segmentation network for each seed, scored on val; `labels` and `read` give the name and the reader of what it learns, for each seed. `final`: over scales, and after a dense CRF."
+def score_network(study: ScenesStudy, name, view, labels, read, published=(), end='', epochs=None, final=False, **extra)->Step:
+    "A segmentation network for each seed, scored on val; `labels` and `read` give the name and the reader of what it learns, for each seed. `final`: over scales, and after a dense CRF. `extra`: of `segment_stage`."
     d, stores = _limited(study, 'val', set(study.val.ids)), []
     for seed, label, reader in zip(study.s.seeds, labels, read):
         s = replace(study.seeded(seed), **({'segment_epochs': epochs} if epochs else {}))
         if final: s = replace(s, predict_scales=s.final_scales, predict_crf=s.final_crf)
-        net = segment_stage(study.root, view, s, reader, label, study.say, f'segment{end}')
+        net = segment_stage(study.root, view, s, reader, label, study.say, f'segment{end}', **extra)
         stores.append(LabelStore(predict_stage(study.root, study.val, s, net, f'predict{end}', study.say)/'masks'))
     return Step(name, 'val', [evaluate_predictions(m, d, 'val', name=name) for m in stores], published=published, masks=stores[0])
 
@@ -325,13 +326,17 @@ def background_step(study: ScenesStudy, photos: str)->Step:
     nothing = Trivial(d, partial(np.zeros, dtype=np.uint8))
     return Step('all background', photos, [evaluate_predictions(nothing, d, photos, name='all background')] * len(study.s.seeds), masks=nothing)
 
-def scenes_table(study: ScenesStudy, steps, what: str, note: str = '')->Table:
-    "One row for each step."
-    rows = [{'step': t.name, 'photos': f'{t.photos}, {len(t.results[0])}', **over_seeds(t.results), 'oracle': float(np.mean(t.oracle)) if t.oracle else None,
-             **{f'published{" " * k}': p for k, p in enumerate(_filled(t.published, steps))}} for t in steps]
+def scenes_table(study: ScenesStudy, steps, what: str, note: str = '', published=('published', 'published '))->Table:
+    "One row for each step; `published` heads the columns of published figures."
+    oracle = any(t.oracle for t in steps)
+    rows = [{'step': t.name, 'photos': f'{t.photos}, {len(t.results[0])}', **over_seeds(t.results), **(t.more or {}), **({'oracle': float(np.mean(t.oracle)) if t.oracle else None} if oracle else {}),
+             **dict(zip(published, _filled(t.published, steps)))} for t in steps]
+    return study_table(study, rows, f'{what}: mIoU, mean over seeds with a 95 % bootstrap interval over photos; spread: best minus worst seed' + '; oracle: the maps at the threshold that the masks call best' * oracle, note)
+
+def study_table(study: ScenesStudy, rows, what: str, note: str = '')->Table:
+    "Rows with the circumstances of a study."
     h = hardware()
-    return Table(rows, f'{study.dataset.name}, {what}: mIoU, mean over seeds with a 95 % bootstrap interval over photos; spread: best minus worst seed; oracle: the maps at the threshold that the masks call best',
-                 study.s.profile, study.s.backbone, study.s.seeds, f"{h['gpu'] or h['processor']}, {h['cores']} cores", note)
+    return Table(rows, f'{study.dataset.name}, {what}', study.s.profile, study.s.backbone, study.s.seeds, f"{h['gpu'] or h['processor']}, {h['cores']} cores", note)
 
 def _filled(published, steps):
     "As many cells as the longest row has."
