@@ -346,7 +346,8 @@ def save_bap(
 
 def load_bap(
     folder,                 # written by `save_bap`
+    output_stride: int|None = None,     # image pixels per map pixel, in place of that of the training
 )->BapClassifier:           # in eval mode
     "Read a classifier of boxes; `InputError` when the files do not fit each other."
-    def build(c): return BapClassifier(create_backbone(c['backbone'], c['output_stride'], pretrained=False), *(c[k] for k in ('n_classes', 'grid', 'roi', 'background_aware')))
+    def build(c): return BapClassifier(create_backbone(c['backbone'], output_stride or c['output_stride'], pretrained=False), *(c[k] for k in ('n_classes', 'grid', 'roi', 'background_aware')))
     return load_network(folder, 'bap', build, 'classifier of boxes')

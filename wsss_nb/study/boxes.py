@@ -10,9 +10,9 @@ __all__ = ['BOXES_PROFILES', 'BANA_HEADS', 'LOSS_NAMES', 'BANA_2', 'BANA_3', 'BA
            'both_readers', 'Made', 'agreement', 'boxes_filled', 'known_only', 'BoxesStudy', 'classifiers', 'masks_of',
            'score_labels', 'box_stores', 'bana_published', 'bana_1', 'second_network', 'loss_options', 'loss_steps',
            'loss_table', 'bana_2', 'bana_3', 'bana_4', 'coco_stage', 'bana_5', 'bana_6', 'boxes_study_table',
-           'boxes_sheet']
+           'boxes_sheet', 'box_photo_settings', 'segment_boxes']
 
-# %% ../../nbs/50_study/07_boxes.ipynb #ef48ceaf
+# %% ../../nbs/50_study/07_boxes.ipynb #0593a39c
 import copy
 from collections.abc import Mapping
 from dataclasses import dataclass, replace
@@ -31,11 +31,12 @@ from ..refine.crf import CRFSettings
 from ..refine.retrieval import BANA_CRF, OtherClasses, agreed, write_box_masks
 from ..segment.noise_aware import STAGE3, two_label_learner
 from .main import Settings, Trivial, _complain, _part, profile_settings, read_stored, segment_stage
+from .photos import keep_model, photo_settings
 from .runs import Run, data_hash, run_stage
 from .scenes import ScenesStudy, Step, background_step, over_seeds, scenes_data, scenes_table, score_network, study_table, taught_by_truth
 from .tables import Published, Table
 
-# %% ../../nbs/50_study/07_boxes.ipynb #732695e8
+# %% ../../nbs/50_study/07_boxes.ipynb #4c93f58a
 @dataclass(frozen=True)
 class BoxesSettings(Settings):
     "What the study of boxes does; every field is part of the name of a run."
@@ -45,6 +46,7 @@ class BoxesSettings(Settings):
     box_head_epochs: int = 20   # of the head alone, on a table of features
     grid: int = 4               # cells of the background along each side, in the training
     roi: int = 2                # bins of a box along each side
+    mask_stride: int = 8        # image pixels per map pixel when the label maps are made; `output_stride` is that of the training
     u0_threshold: float = .99   # share of the greatest attention below which u0 is none
     box_crf: CRFSettings = BANA_CRF     # of the label maps, widths for a photo of 500 pixels
     tau: float = 20.            # what a cosine of 1 is as a logit
@@ -57,11 +59,11 @@ class BoxesSettings(Settings):
     truth_epochs: int|None = None       # of the network on true masks; None: as the others
     seeds: tuple = (0, 1, 2)    # of everything that is trained
 
-# %% ../../nbs/50_study/07_boxes.ipynb #82abc575
+# %% ../../nbs/50_study/07_boxes.ipynb #76263eb9
 BOXES_PROFILES = {
-    'smoke': BoxesSettings('smoke', size=64, output_stride=16, segment_size=64, segment_epochs=1, segment_bs=4, arch='deeplabv3plus-cosine', second_backbone='tf_efficientnet_lite0', box_epochs=1, box_bs=4, box_head_epochs=1, seeds=(0, 1)),
-    'sample': BoxesSettings(output_stride=8, arch='deeplabv3plus-cosine', segment_epochs=6, predict_scales=(1., .5, .75, 1.5)),
-    'full': BoxesSettings('full', output_stride=8, size=320, arch='deeplabv3plus-cosine', segment_size=320, segment_epochs=20, predict_scales=(1., .5, .75, 1.5)),
+    'smoke': BoxesSettings('smoke', size=64, mask_stride=16, segment_size=64, segment_epochs=1, segment_bs=4, arch='deeplabv3plus-cosine', second_backbone='tf_efficientnet_lite0', box_epochs=1, box_bs=4, box_head_epochs=1, seeds=(0, 1)),
+    'sample': BoxesSettings(size=160, box_epochs=2, arch='deeplabv3plus-cosine', segment_epochs=6, predict_scales=(1., .5, .75, 1.5)),
+    'full': BoxesSettings('full', size=320, arch='deeplabv3plus-cosine', segment_size=320, segment_epochs=20, predict_scales=(1., .5, .75, 1.5)),
 }
 
 def boxes_settings(
@@ -71,7 +73,7 @@ def boxes_settings(
     "The settings of a profile."
     return profile_settings(profile, BOXES_PROFILES, **changes)
 
-# %% ../../nbs/50_study/07_boxes.ipynb #a664a4b1
+# %% ../../nbs/50_study/07_boxes.ipynb #9a8b8962
 def boxed(view):
     "The photos of a view for boxes whose boxes are known."
     return view.keep(lambda o: o.boxes is not None)
@@ -87,19 +89,19 @@ def box_classifier_stage(root, view, s: BoxesSettings, data, say, background_awa
         return {'images': len(view) * s.box_epochs, 'epochs': s.box_epochs, 'train_images': len(view)}
     return run_stage(root, 'bap' if background_aware else 'gap', config, work, say)
 
-# %% ../../nbs/50_study/07_boxes.ipynb #26a327f4
+# %% ../../nbs/50_study/07_boxes.ipynb #e170a4f3
 def box_masks_stage(root, view, s: BoxesSettings, classifier: Run, say, workers=None, use_u0=True, numbers=None):
     "Both label maps of all photos of a view; a `Run` with `LabelStore`s in `crf` and `ret`. `numbers`: see `OtherClasses`."
-    config = _part(s, 'size', 'u0_threshold', 'box_crf') | {'classifier': classifier.hash, 'use_u0': use_u0, 'images': data_hash(view)} | ({'numbers': numbers} if numbers else {})
+    config = _part(s, 'size', 'mask_stride', 'u0_threshold', 'box_crf') | {'classifier': classifier.hash, 'use_u0': use_u0, 'images': data_hash(view)} | ({'numbers': numbers} if numbers else {})
     def work(run):
-        net = load_bap(classifier.folder)
+        net = load_bap(classifier.folder, s.mask_stride)
         if numbers: net = OtherClasses(net, numbers)
         _complain(write_box_masks(net, view, LabelStore(run/'crf'), LabelStore(run/'ret'), s.size, mean_std=stats(s.backbone), workers=workers,
                                   use_u0=use_u0, threshold=s.u0_threshold, settings=s.box_crf), run.folder)
         return {'images': len(view)}
     return run_stage(root, 'box_masks', config, work, say)
 
-# %% ../../nbs/50_study/07_boxes.ipynb #e6b655eb
+# %% ../../nbs/50_study/07_boxes.ipynb #583c77f1
 def two_labels(view, read, **options):
     "`two_label_learner` for a pair of readers."
     return two_label_learner(view, *read, **options)
@@ -108,7 +110,7 @@ def both_readers(masks: Run)->tuple:    # function(item) → uint8 H×W, twice
     "Readers of Y_crf and Y_ret."
     return tuple(partial(read_stored, store=LabelStore(masks/which)) for which in ('crf', 'ret'))
 
-# %% ../../nbs/50_study/07_boxes.ipynb #1e3d0fa4
+# %% ../../nbs/50_study/07_boxes.ipynb #08595640
 class Made(Mapping):
     "A mapping id → label map that is made when it is asked for."
     def __init__(self,
@@ -135,7 +137,7 @@ def known_only(dataset: Dataset, labels)->Dataset:
     d.read_truth = lambda item: np.where(labels.load(item.id) == VOID, VOID, dataset.read_truth(item)).astype(np.uint8)
     return d
 
-# %% ../../nbs/50_study/07_boxes.ipynb #dd6ef512
+# %% ../../nbs/50_study/07_boxes.ipynb #7276b43e
 class BoxesStudy(ScenesStudy):
     "Photos with boxes, settings and a folder of runs."
     def __init__(self,
@@ -160,7 +162,7 @@ def masks_of(study: BoxesStudy, nets, view=None, **options)->list:     # a `Run`
     "Both label maps of the photos of val, or of another view, by each of the classifiers."
     return [box_masks_stage(study.root, study.boxes if view is None else view, study.s, n, study.say, study.workers, **options) for n in nets]
 
-# %% ../../nbs/50_study/07_boxes.ipynb #06464ae5
+# %% ../../nbs/50_study/07_boxes.ipynb #a51ba910
 def score_labels(study: BoxesStudy, name, stores, published=(), known=False)->Step:
     "Label maps of the photos of val, one store for each seed. `known`: only where they are not void."
     d = copy.copy(study.dataset)
@@ -173,7 +175,7 @@ def box_stores(runs, which)->list:
     "The stores of one of the label maps, for each seed."
     return [LabelStore(r/which) for r in runs]
 
-# %% ../../nbs/50_study/07_boxes.ipynb #0ea1e158
+# %% ../../nbs/50_study/07_boxes.ipynb #894452e4
 _AUTHORS, _AGAIN = 'cvlab-yonsei/BANA @345cf94 and Oh, Kim and Ham, CVPR 2021, as quoted in the README of KaushalJadhav/BANA', 'KaushalJadhav/BANA, README: the ReScience reproduction'
 BANA_HEADS = 'authors', 'reproduction'
 
@@ -196,7 +198,7 @@ def bana_1(study: BoxesStudy)->tuple:    # `Table`, list of `Step`
              score_labels(study, 'both, disputed pixels left out', both, known=True)]
     return scenes_table(study, steps, 'label maps from boxes', published=BANA_HEADS), steps
 
-# %% ../../nbs/50_study/07_boxes.ipynb #01fd1876
+# %% ../../nbs/50_study/07_boxes.ipynb #a2b588ce
 LOSS_NAMES = {'baseline': 'agreed pixels alone', 'er': 'entropy regularisation', 'bs': 'bootstrapping', 'nal': 'noise-aware loss', 'ce_crf': 'cross-entropy on Y_crf', 'ce_ret': 'cross-entropy on Y_ret'}
 
 def second_network(s: BoxesSettings)->BoxesSettings:
@@ -215,7 +217,7 @@ def loss_steps(study: BoxesStudy, loss)->tuple:     # two `Step`s: before and af
         return score_network(other, LOSS_NAMES[loss], study.train, [r.hash for r in masks], [both_readers(r) for r in masks], **loss_options(s, loss))
     return score(study.s), score(replace(study.s, predict_crf=study.s.test_crf))
 
-# %% ../../nbs/50_study/07_boxes.ipynb #a9bfd38d
+# %% ../../nbs/50_study/07_boxes.ipynb #51c7db0f
 def loss_table(study: BoxesStudy, losses, published, what)->tuple:   # `Table`, list of `Step`
     "One row for each loss, before and after the CRF; `published`: loss → figures before and after by the authors, then by the reproduction."
     steps, rows = {loss: loss_steps(study, loss) for loss in losses}, []
@@ -231,7 +233,7 @@ BANA_2 = {'baseline': (61.8, 67.5, 60.9, 64.5), 'er': (61.4, 67.3, 60.8, 64.1), 
 BANA_3 = {'ce_crf': (None, 67.8, None, 64.7), 'ce_ret': (None, 66.1, None, 62.8), 'nal': (None, 68.1, None, 64.8)}
 BANA_4 = {'ce_crf': (None, 74., None, 67.), 'ce_ret': (None, 72.4, None, 70.2), 'nal': (None, 74.6, None, 70.8)}
 
-# %% ../../nbs/50_study/07_boxes.ipynb #fbd6672c
+# %% ../../nbs/50_study/07_boxes.ipynb #19006724
 def bana_2(study: BoxesStudy)->tuple:   # `Table`, list of `Step`
     "The losses on the disputed pixels."
     return loss_table(study, BANA_2, BANA_2, 'losses')
@@ -252,7 +254,7 @@ def _with_truth(study, table, steps):
     table.rows.loc[len(table.rows)] = {c: None for c in table.rows.columns} | {'network taught by': t.name, 'before CRF': found['mIoU'], 'spread': found['spread']}
     return table, steps + [t]
 
-# %% ../../nbs/50_study/07_boxes.ipynb #67a0a801
+# %% ../../nbs/50_study/07_boxes.ipynb #06c993b1
 def coco_stage(root, dataset, say):
     "The photos of val as a COCO folder; a `Run` with it in `coco`."
     def work(run): voc_as_coco(dataset, run/'coco', {'val': [o.id for o in dataset.view('masks', 'val').with_masks()]}); return {}
@@ -275,7 +277,7 @@ def _ap_rows(name, stores, data, published):
     rows = [{'label maps': name} | dict(zip(AP_NAMES, each.mean(0).tolist())), {'label maps': f'{name}, spread'} | dict(zip(AP_NAMES, np.ptp(each, 0).tolist()))]
     return (rows if np.nansum(np.ptp(each, 0)) else rows[:1]) + [{'label maps': f'{name}, {who}'} | {k: Published(v / 100, source) for k, v in zip(AP_NAMES, values)} for who, values, source in zip(BANA_HEADS, published, (_AUTHORS, _AGAIN))]
 
-# %% ../../nbs/50_study/07_boxes.ipynb #2e51e173
+# %% ../../nbs/50_study/07_boxes.ipynb #f6e2dc99
 BANA_6 = {1: (75.82, 75.77, 75.65), 2: (76.11, 76.10, 75.15), 3: (75.87, 75.78, 75.81), 4: (78.83, 78.72, 78.82), 5: (74.16, 74.07, 74.02)}
 
 def bana_6(study: BoxesStudy)->tuple:   # `Table`, list of `Step`
@@ -286,7 +288,7 @@ def bana_6(study: BoxesStudy)->tuple:   # `Table`, list of `Step`
         steps.append(score_labels(study, f'{grid}×{grid}', box_stores(masks_of(study, classifiers(study, grid=grid)), 'crf'), published))
     return scenes_table(study, steps, 'cells of the background, Y_crf', published=('reproduction', 'reproduction ', 'reproduction  ')), steps
 
-# %% ../../nbs/50_study/07_boxes.ipynb #bd75727f
+# %% ../../nbs/50_study/07_boxes.ipynb #4ced53ed
 BANA_TABLES = {'bana-1': bana_1, 'bana-2': bana_2, 'bana-3': bana_3, 'bana-4': bana_4, 'bana-5': bana_5, 'bana-6': bana_6}
 
 def boxes_study_table(
@@ -309,7 +311,7 @@ def boxes_study_table(
     say('\n'.join([f'\n{table}\n', f'table     {table.save(Path(root)/f"{name}.json")}', *kept]))
     return table
 
-# %% ../../nbs/50_study/07_boxes.ipynb #fba18e3e
+# %% ../../nbs/50_study/07_boxes.ipynb #dc92e9c6
 def boxes_sheet(study: BoxesStudy, steps, path=None, n: int = 6, width: int = 104):     # `Figure`
     "Photos of val at even ranks of the scores, the label maps or predictions of all the steps, and the truth."
     steps = {t.name: t for t in steps if t.name != 'all background'}
@@ -317,3 +319,36 @@ def boxes_sheet(study: BoxesStudy, steps, path=None, n: int = 6, width: int = 10
     rows = [{'image': read_image(d[i].image), 'truth': d.read_truth(d[i]), 'notes': {k: f'{t.results[0].frame.miou[i]:.2f}' for k, t in steps.items() if i in t.results[0].frame.index}}
             | {k: t.masks.load(i) for k, t in steps.items()} for i in first.results[0].spread(n)]
     return picture_sheet(rows, path, ('image', *steps, 'truth'), width, classes=('background', *d.segment_classes))
+
+# %% ../../nbs/50_study/07_boxes.ipynb #39132a02
+def box_photo_settings(
+    n: int,                 # number of photos
+    size: int = 160,        # training size, pixels
+    epochs: int|None = None,    # of the network; by the number of photos if not given
+    seed: int = 0,          # with the settings, determines the result
+)->BoxesSettings:
+    "Settings for a folder of photos with boxes: the sample's, with as many epochs as `photo_settings` gives."
+    p = photo_settings(n, size, epochs, seed)
+    return replace(boxes_settings('sample'), profile='photos', seed=seed, size=size, segment_size=size, segment_epochs=p.segment_epochs, segment_bs=p.segment_bs, box_epochs=max(1, p.classifier_epochs // 2),
+                   box_bs=p.classifier_bs, predict_scales=(1.,), seeds=(seed,))
+
+# %% ../../nbs/50_study/07_boxes.ipynb #d4465dad
+def segment_boxes(
+    dataset,            # `Dataset` from `folder` with boxes
+    output,             # folder of the model; runs are kept in its sub-folder `runs`
+    seed: int = 0,      # with the settings, determines the result
+    epochs: int|None = None,    # by the number of photos if not given
+    size: int = 160,    # training size, pixels
+    workers: int|None = None,   # processes; all cores by default
+    say=print,          # told what happens
+)->Path:                # the folder of the model
+    "Train a segmentation model on photos with boxes and write it with a picture sheet of its label maps."
+    view, output = boxed(dataset.view('boxes', 'train')), Path(output)
+    if len(view) < 4 or not any(o.boxes for o in view): raise InputError(dataset.name, f'{len(view)} photos with usable boxes', 'Give at least four, better fifty or more.')
+    s, root = box_photo_settings(len(view), size, epochs, seed), output/'runs'
+    say(f'{len(view)} photos with {sum(len(o.boxes) for o in view)} boxes, classes: {", ".join(view.classes)}')
+    masks = box_masks_stage(root, view, s, box_classifier_stage(root, view, s, data_hash(view), say), say, workers)
+    segment = segment_stage(root, view, s, both_readers(masks), masks.hash, say, **loss_options(s, 'nal'))
+    filled = boxes_filled(view)
+    taught = {'boxes': lambda o: filled.load(o.id)} | {k: lambda o, store=LabelStore(masks/w): store.load(o.id) for k, w in (('Y_crf', 'crf'), ('Y_ret', 'ret'))}
+    return keep_model(dataset, view, s, segment, taught, output, say)
