@@ -14,7 +14,7 @@ from wsss_nb.data.boxes import BoxBatch
 from wsss_nb.data.items import InputError
 from wsss_nb.data.sample import sample
 from wsss_nb.data.voc import voc
-from wsss_nb.localize.bap import (BapClassifier, BapLoss, Rois, attention, bap_learner, bin_windows, boxes_on_map, cell_sums,
+from wsss_nb.localize.bap import (CAFFE, Stage1, rate_groups, train_bap_sgd, BapClassifier, BapLoss, Rois, attention, bap_learner, bin_windows, boxes_on_map, cell_sums,
                                   corner_coordinates, fit_bap_head, grid_queries, load_bap, pad_for_grid, pool_boxes, roi_lengths,
                                   save_bap, train_bap)
 
@@ -270,3 +270,31 @@ def test_the_head_learns_and_the_network_is_kept(ds, tmp_path):
     assert net.weight.shape == (21, 1280) and net.features(x).min() >= 0 and net(x).shape[1] == 21
     (tmp_path/'bap.json').write_text('{}')
     with pytest.raises(InputError, match='classifier of boxes'): load_bap(tmp_path)
+
+
+# The published training
+
+def test_rates_drop_after_five_eighths(ds):
+    "A tenth of the rate from there on, twice for biases, ten times for the head; the statistics of batch normalisation stay."
+    view = ds.view('boxes', 'train')
+    view = view.keep(lambda o: o.id in set(view.ids[:8]))
+    learn = train_bap_sgd(view, Stage1(lr=1e-3, iterations=8, drop=5), epochs=2, size=64, bs=1, backbone='tf_efficientnet_lite0')
+    groups = {m: p for p, m in rate_groups(learn.model)}
+    assert set(groups) == {1, 2, 10} and sum(p.numel() for p in groups[10]) == learn.model.head.weight.numel()
+    assert sum(len(p) for p in groups.values()) == len(list(learn.model.parameters()))
+    assert np.allclose(learn.recorder.lrs[:10], 1e-2) and np.allclose(learn.recorder.lrs[10:], 1e-3)
+    fresh = bap_learner(view, size=64, backbone='tf_efficientnet_lite0').model
+    assert torch.equal(learn.model.backbone.bn1.running_mean.cpu(), fresh.backbone.bn1.running_mean)
+
+
+def test_a_network_of_ones_own(ds):
+    "It is used as it is."
+    net = Plain()
+    assert bap_learner(ds.view('boxes', 'train'), net, size=64).model.backbone is net
+
+
+def test_caffe_is_the_mean_in_bgr_not_divided():
+    photo, (mean, std) = torch.randint(0, 256, (1, 3, 4, 4)).float(), (torch.tensor(v).view(1, 3, 1, 1) for v in CAFFE)
+    weight = torch.randn(2, 3, 1, 1)
+    theirs = F.conv2d(photo.flip(1) - torch.tensor([104.008, 116.669, 122.675]).view(1, 3, 1, 1), weight)
+    assert torch.allclose(F.conv2d((photo / 255 - mean) / std, weight.flip(1)), theirs, atol=1e-2)

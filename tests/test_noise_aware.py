@@ -9,13 +9,14 @@ from hypothesis import given, settings, strategies as st
 from PIL import Image
 from torch.nn import functional as F
 from wsss_nb.data.items import UNLABELLED, VOID, Dataset, InputError, Item
+from wsss_nb.localize.bap import rate_groups
 from wsss_nb.localize.ccam import PolySchedule
 from wsss_nb.localize.training import fit
 from wsss_nb.refine.crf import PRESETS, crf_probabilities
 from wsss_nb.segment.learner import train_segmenter
 from wsss_nb.segment.nets import CosineHead, cosine_net, create_net
 from wsss_nb.segment.noise_aware import (LOSSES, STAGE3, AgreementLoss, BootstrapLoss, EntropyLoss, NoiseAwareLoss, confidence, label_sets, masked_mean,
-                                         rate_groups, train_noise_aware, two_label_learner)
+                                         train_noise_aware, two_label_learner)
 from wsss_nb.segment.predict import load_segmenter, segmenter
 
 GOLDEN = Path(__file__).parent/'golden'
@@ -260,7 +261,7 @@ def test_bana_schedule_resumes(data, tmp_path):
     train = partial(train_noise_aware, view, crf, ret, 'bs', epochs=3, backbone='tf_efficientnet_lite0', **SMALL)
     learn = train()
     assert weights(learn).isfinite().all() and 0 < learn.loss_func.beta < .5
-    rates = {m for _, m in rate_groups(learn.model)}
+    rates = {m for _, m in rate_groups(learn.model, 'net.encoder.')}
     assert rates == {1, 2, 10, 20} and learn.opt.hypers[-1]['lr'] > 5 * learn.opt.hypers[0]['lr'] and learn.opt.hypers[0]['lr'] < 1e-3
     with suppress(KeyboardInterrupt): train(path=tmp_path/'c.pth', cbs=[Killed()])
     assert (tmp_path/'c.pth').is_file() and weights(train(path=tmp_path/'c.pth')).equal(weights(learn))

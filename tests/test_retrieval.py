@@ -1,5 +1,6 @@
 "Stage 2 of BANA: its own outputs, the plain formulation on enlarged features, properties over random features and boxes, whole views."
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -13,7 +14,7 @@ from wsss_nb.data.items import Box, Dataset, Item
 from wsss_nb.data.store import LabelStore
 from wsss_nb.refine.crf import crf_probabilities
 from wsss_nb.refine.retrieval import (
-    BANA_CRF, agreed, background_attention, box_maps, box_masks, box_pixels, box_unary, correlations, enlarge, interpolated_norm, prototypes,
+    BANA_CRF, OtherClasses, agreed, background_attention, box_maps, box_masks, box_pixels, box_unary, correlations, enlarge, interpolated_norm, prototypes,
     reduce_adjoint, retrieve, stage2_unary, write_box_masks)
 
 GOLDEN = Path(__file__).parent/'golden'
@@ -301,3 +302,18 @@ def test_the_whole_view_is_refused_before_any_work(tmp_path):
     with pytest.raises(TypeError): write_box_masks(net, view, *stores, treshold=.5)
     with pytest.raises(ValueError, match="'max' or 'last'"): write_box_masks(net, view, *stores, overlap='first')
     assert net.seen == 0 and not stores[0].ids()
+
+
+def test_classes_that_the_classifier_does_not_know():
+    "Rows in the order of the other data set; an unknown class is what does not look like background, whatever the weights are."
+    f, weight = torch.rand(4, 6, 8), torch.rand(3, 4)
+    other = OtherClasses(SimpleNamespace(features=None, weight=weight), (0, 2, 0))
+    assert torch.equal(other.weight, torch.stack([weight[0], weight[2], torch.zeros(4)]))
+    image = np.random.default_rng(0).integers(0, 255, (24, 32, 3), dtype=np.uint8)
+    r = retrieve(f, other.weight, [Box(2, 4., 4., 20., 18.)], image, threshold=0.)
+    inside = np.zeros((24, 32), bool); inside[4:18, 4:20] = True
+    given = 1 - r.u0[inside]
+    want = torch.stack([torch.from_numpy(r.u0[inside]), torch.from_numpy(given / given.max())]).softmax(0)
+    assert np.allclose(r.unary[:, inside], want, atol=1e-5) and np.isfinite(r.corr).all()
+    known = retrieve(f, weight, [Box(2, 4., 4., 20., 18.)], image, threshold=0.)
+    assert not np.allclose(known.unary, r.unary)

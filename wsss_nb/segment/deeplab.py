@@ -40,15 +40,16 @@ class VGGFeatures(nn.Module):
 # %% ../../nbs/30_segment/00_deeplab.ipynb #d7283489
 def load_vgg(
     net: VGGFeatures,
-    state: dict|None = None,    # of torchvision's `vgg16`; None: its ImageNet weights, downloaded
+    state: dict|None = None,    # of torchvision's `vgg16`, or of another VGG-16 whose convolutions are named conv…; None: torchvision's ImageNet weights, downloaded
+    bgr: bool = False,          # the weights want BGR, as those from Caffe do: the first layer is turned round
 )->None:
-    "Put torchvision's convolutions in; `InputError` when they cannot be had or do not fit."
+    "Put the convolutions of a VGG-16 in; `InputError` when they cannot be had or do not fit."
     try: state = torchvision.models.vgg16(weights='IMAGENET1K_V1').state_dict() if state is None else state
     except Exception as e: raise InputError('vgg16', f'its weights cannot be downloaded ({type(e).__name__})', 'Go online once, or train without: pretrained=False.') from e
-    source, target = [v for k, v in state.items() if k.startswith('features.')], [p for m in net.blocks.modules() if isinstance(m, nn.Conv2d) for p in (m.weight, m.bias)]
+    source, target = [v for k, v in state.items() if k.startswith('features.') or 'conv' in k], [p for m in net.blocks.modules() if isinstance(m, nn.Conv2d) for p in (m.weight, m.bias)]
     if [s.shape for s in source] != [t.shape for t in target]: raise InputError('vgg16', 'the weights are not those of a VGG-16', "Give the state of torchvision's vgg16.")
     with torch.no_grad():
-        for t, s in zip(target, source): t.copy_(s)
+        for t, s in zip(target, source): t.copy_(s.flip(1) if bgr and s.shape[1:2] == (3,) else s)
 
 # %% ../../nbs/30_segment/00_deeplab.ipynb #e15214a1
 class ASPP(nn.Module):

@@ -6,8 +6,7 @@ Docs: https://wsss-nb.github.io/wsss_nb/30_segment/noise_aware.html.md"""
 
 # %% auto #0
 __all__ = ['LOSSES', 'STAGE3', 'label_sets', 'masked_mean', 'AgreementLoss', 'confidence', 'NoiseAwareLoss', 'BootstrapLoss',
-           'EntropyLoss', 'BetaSchedule', 'OneMapLoss', 'two_maps', 'two_label_learner', 'Stage3', 'rate_groups',
-           'train_noise_aware']
+           'EntropyLoss', 'BetaSchedule', 'OneMapLoss', 'two_maps', 'two_label_learner', 'Stage3', 'train_noise_aware']
 
 # %% ../../nbs/30_segment/04_noise_aware.ipynb #0a4e0009
 from dataclasses import dataclass
@@ -18,6 +17,7 @@ from fastai.learner import Learner
 from fastai.optimizer import SGD
 from torch.nn import functional as F
 from ..data.items import VOID, InputError
+from ..localize.bap import rate_groups
 from ..localize.ccam import PolySchedule
 from ..localize.training import fit
 from ..refine.crf import CRFSettings, crf_present
@@ -184,15 +184,6 @@ STAGE3 = {'vgg': Stage3('deeplab_largefov-cosine', 'vgg16', 1e-3, 20, 23805, CRF
           'resnet': Stage3('deeplab_v2-cosine', 'resnet101', 2.5e-4, 10, 20000, CRFSettings(1, 3, 67, 3, 4))}
 
 # %% ../../nbs/30_segment/04_noise_aware.ipynb #0a4e0063
-def rate_groups(
-    net,        # `SegmentNet`
-)->list:        # (parameters, multiple of the rate): encoder's weights and biases, the rest's; empty ones left out
-    "BANA's multiples of the rate: 1 and 2 for the encoder, 10 and 20 for what is new."
-    def kind(name): return not name.startswith('net.encoder.'), name.endswith('bias')
-    kinds = {(new, bias): (10 if new else 1) * (2 if bias else 1) for new in (False, True) for bias in (False, True)}
-    groups = [([p for n, p in net.named_parameters() if kind(n) == k], m) for k, m in kinds.items()]
-    return [(p, m) for p, m in groups if p]
-
 def train_noise_aware(
     view,                   # `View`: which images
     read_crf, read_ret,     # functions(item) → uint8 H×W: Y_crf, Y_ret
@@ -206,7 +197,7 @@ def train_noise_aware(
     "BANA's third stage: SGD with momentum .9 and rates that fall as (1 − part done)^.9."
     p = STAGE3[preset] if isinstance(preset, str) else preset
     learn = two_label_learner(view, read_crf, read_ret, loss, seed=seed, **{**dict(arch=p.arch, backbone=p.backbone, size=p.size, bs=p.bs), **kwargs})
-    learn.opt_func, learn.splitter = partial(SGD, mom=.9), lambda net: [g for g, _ in rate_groups(net)]
+    learn.opt_func, learn.splitter = partial(SGD, mom=.9), lambda net: [g for g, _ in rate_groups(net, 'net.encoder.')]
     epochs = max(1, round(p.iterations / len(learn.dls.train))) if epochs is None else epochs
-    rates = [p.lr * m for _, m in rate_groups(learn.model)]
+    rates = [p.lr * m for _, m in rate_groups(learn.model, 'net.encoder.')]
     return fit(learn, epochs, rates[-1], seed=seed, wd=p.wd, path=path, schedule=PolySchedule(rates))

@@ -41,7 +41,7 @@ def _folders(pairs, known)->dict:
 def _table(a):
     "A table of the study."
     if not a.which.startswith('pets'): return (_boxes if a.which.startswith('bana') else _scenes)(a)
-    if a.profile == 'paper': raise InputError('paper', 'is a profile of silop and sccam', 'Choose smoke, sample or full.')
+    if a.profile == 'paper': raise InputError('paper', 'is no profile of the pets tables', 'Choose smoke, sample or full.')
     folders = _folders(a.data, ('pets', 'background'))
     from wsss_nb.study.pets import pets_settings, pets_study_table
     s = pets_settings(a.profile or ('full' if 'pets' in folders else None), seed=a.seed or 0, **({'seeds': tuple(a.seeds)} if a.seeds else {}))
@@ -60,7 +60,7 @@ def _boxes(a):
     "A table of the study of boxes."
     from wsss_nb.study.boxes import boxes_settings, boxes_study_table
     folders, seeds = _folders(a.data, ('voc', 'coco')), a.seeds or ([] if a.seed is None else [a.seed])
-    if a.profile == 'paper': raise InputError('paper', 'is a profile of silop and sccam', 'Choose smoke, sample or full.')
+    if a.profile == 'paper' and 'voc' not in folders: raise InputError('paper', 'is a profile for VOC 2012', 'Give its folder: --data voc=FOLDER.')
     s = boxes_settings(a.profile or ('full' if 'voc' in folders else None), **({'seeds': tuple(seeds)} if seeds else {}))
     boxes_study_table(a.which, folders.get('voc'), a.output, s, workers=a.workers, coco_path=folders.get('coco'))
 
@@ -152,7 +152,7 @@ def parser()->argparse.ArgumentParser:
              ('--voc', dict(metavar='PATH', default=None, help='with --methods: a folder with VOC 2012 instead of the rendered scenes')),
              ('-o --output', dict(metavar='RUNS', default='runs', help='folder of the runs')))
     _command(sub, 'table', _table, 'A table of the study: our figures beside the published ones.', ('which', dict(choices=TABLES, help='which table')),
-             ('--profile', dict(choices=('smoke', 'sample', 'full', 'paper'), default=None, help='how much to do; paper: the published settings, for silop and sccam on VOC 2012; default: $WSSS_PROFILE or sample')),
+             ('--profile', dict(choices=('smoke', 'sample', 'full', 'paper'), default=None, help='how much to do; paper: the published settings, for silop, sccam and bana on VOC 2012; default: $WSSS_PROFILE or sample')),
              ('--data', dict(metavar='NAME=PATH', action='append', default=[], help='pets=FOLDER with Oxford-IIIT Pet or voc=FOLDER with VOC 2012 instead of the rendered sample (profile full), background=FOLDER of photos without pets, coco=FOLDER with COCO for bana-5')),
              ('--seeds', dict(type=int, nargs='+', default=None, help='seeds of the segmentation networks of the pets tables, of everything in the others; default: those of the profile')),
              ('-o --output', dict(metavar='RUNS', default='runs', help='folder of the runs')),
