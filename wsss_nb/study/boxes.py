@@ -32,7 +32,7 @@ from ..refine.crf import CRFSettings
 from ..refine.retrieval import BANA_CRF, OtherClasses, agreed, write_box_masks
 from ..segment.deeplab import VGGFeatures, load_vgg
 from ..segment.noise_aware import STAGE3, Stage3, train_noise_aware, two_label_learner
-from .main import Settings, Trivial, _complain, _part, profile_settings, read_stored, segment_stage
+from .main import Settings, _complain, _part, profile_settings, read_stored, segment_stage
 from .photos import keep_model, photo_settings
 from .runs import Run, data_hash, run_stage
 from .scenes import ScenesStudy, Step, background_step, over_seeds, scenes_data, scenes_table, score_network, study_table, taught_by_truth
