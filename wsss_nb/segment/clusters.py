@@ -9,13 +9,13 @@ __all__ = ['EMPTY', 'location_features', 'colour_features', 'unit_pixels', 'with
            'spherical_kmeans', 'Segments', 'cut_segments', 'prototypes', 'segment_means', 'majority_label',
            'segment_pixels', 'retrieve', 'neighbour_shares', 'neighbour_label']
 
-# %% ../../nbs/30_segment/05_clusters.ipynb #ffc9670b
+# %% ../../nbs/30_segment/05_clusters.ipynb #57dd43d8
 from dataclasses import dataclass
 import torch
 from torch.nn import functional as F
 from ..data.items import VOID
 
-# %% ../../nbs/30_segment/05_clusters.ipynb #4975db3b
+# %% ../../nbs/30_segment/05_clusters.ipynb #7e19edfb
 def location_features(
     h: int,         # rows
     w: int,         # columns
@@ -25,7 +25,7 @@ def location_features(
     y, x = (torch.linspace(0, 1, n, device=device) - .5 for n in (h, w))
     return torch.stack(torch.meshgrid(y, x, indexing='ij'), 2)
 
-# %% ../../nbs/30_segment/05_clusters.ipynb #48638588
+# %% ../../nbs/30_segment/05_clusters.ipynb #f6f66799
 def _kernel(size, original, device):
     "Weights of the 5×5 filter: a Gaussian of width 1, or distances from the centre."
     y = torch.arange(size, device=device) - size // 2
@@ -47,7 +47,7 @@ def colour_features(
     x = x - x.mean((2, 3), keepdim=True)
     return (x / x.abs().amax((2, 3), keepdim=True).clamp_min(1e-4)).movedim(1, 3)
 
-# %% ../../nbs/30_segment/05_clusters.ipynb #aca0ced1
+# %% ../../nbs/30_segment/05_clusters.ipynb #55da8d90
 def unit_pixels(
     embedding: torch.Tensor,    # float N×D×h×w
 )->torch.Tensor:                # float32 N×hw×D, of length 1
@@ -62,7 +62,7 @@ def with_local(
     local = local.flatten(-3, -2).expand(len(unit), -1, -1)
     return F.normalize(torch.cat([unit, local], 2), dim=2)
 
-# %% ../../nbs/30_segment/05_clusters.ipynb #01c387dd
+# %% ../../nbs/30_segment/05_clusters.ipynb #9771f1bb
 def grid_clusters(
     h: int,         # height of the map
     w: int,         # width of the map
@@ -75,7 +75,7 @@ def grid_clusters(
     y, x = (torch.linspace(0, min(g, n) - 1, n, device=device).round().long() for g, n in ((rows, h), (cols, w)))
     return y[:, None] + (y.max() + 1) * x
 
-# %% ../../nbs/30_segment/05_clusters.ipynb #3b9d777a
+# %% ../../nbs/30_segment/05_clusters.ipynb #fe8a5472
 def _first_greatest(scores):
     "Place of the greatest score of each row; on the CPU numpy is quicker."
     return torch.from_numpy(scores.numpy().argmax(-1)) if scores.device.type == 'cpu' else scores.argmax(-1)
@@ -85,7 +85,7 @@ def nearest_prototypes(
     embedding: torch.Tensor,    # float …×P×D
     prototypes: torch.Tensor,   # float …×K×D
     dead: torch.Tensor|None = None,     # bool …×K, prototypes that nobody may choose
-    block: int = 8192,          # pixels at a time
+    block: int = 4096,          # pixels at a time
 )->torch.Tensor:                # int64 …×P
     "The prototype with the greatest cosine, of each pixel; of equal ones the first."
     turned, out = prototypes.detach().mT.contiguous(), []
@@ -94,25 +94,32 @@ def nearest_prototypes(
         out.append(_first_greatest(scores if dead is None else scores.masked_fill_(dead[..., None, :], -torch.inf)))
     return torch.cat(out, -1)
 
-# %% ../../nbs/30_segment/05_clusters.ipynb #b215f67c
+# %% ../../nbs/30_segment/05_clusters.ipynb #0489da8d
 class _Sums:
     "Sums and sizes of the clusters of N images, kept up to date by the pixels that move."
-    def __init__(self, x, k):
-        self.x, self.shape = x, (len(x), k)
+    def __init__(self, x, z, k):
+        self.x, self.shape, self.inside = x.flatten(0, 1), (len(x), k), (z >= 0).flatten()
         self.first = torch.arange(len(x), device=x.device)[:, None] * k
         self.sums, self.counts = x.new_zeros(len(x) * k, x.shape[2]), x.new_zeros(len(x) * k)
-    def add(self, labels, chosen, sign=1):
-        where = (labels + self.first)[chosen]
-        self.sums.index_add_(0, where, self.x[chosen], alpha=sign)
-        self.counts.index_add_(0, where, torch.ones_like(where, dtype=self.counts.dtype), alpha=sign)
+        self.all(z)
+    def add(self, x, where, sign=1):
+        self.sums.index_add_(0, where, x, alpha=sign)
+        self.counts.index_add_(0, where, x.new_ones(len(x)), alpha=sign)
+    def all(self, z):
+        self.sums.zero_(), self.counts.zero_()
+        where = (z + self.first).flatten()
+        self.add(*(self.x, where) if self.inside.all() else (self.x[self.inside], where[self.inside]))
     def move(self, old, new, moved):
-        self.add(old, moved, -1); self.add(new, moved)
+        at = moved.flatten().nonzero()[:, 0]
+        if len(at) > moved.numel() // 4: return self.all(new)       # cheaper than to take away and add so many
+        x, old, new = self.x[at], *((z + self.first).flatten()[at] for z in (old, new))
+        self.add(x, old, -1); self.add(x, new)
     def centres(self, old):
         "Directions of the sums, `old` for clusters without a pixel."
         found, alive = F.normalize(self.sums, dim=1).unflatten(0, self.shape), self.counts.unflatten(0, self.shape) > 0
         return torch.where(alive[..., None], found, old)
 
-# %% ../../nbs/30_segment/05_clusters.ipynb #a9bb730c
+# %% ../../nbs/30_segment/05_clusters.ipynb #f6b78a68
 EMPTY = 'keep', 'zero'
 
 @torch.no_grad()
@@ -122,7 +129,7 @@ def spherical_kmeans(
     iterations: int = 10,       # rounds at most; ends when no pixel moves
     n: int|None = None,         # clusters per image; None: greatest label + 1
     empty: str = 'keep',        # of clusters without a pixel: keep the last centre, or 'zero' (SPML)
-    block: int = 8192,          # pixels at a time
+    block: int = 4096,          # pixels at a time
 )->torch.Tensor:                # int64 like `labels`; -1 stays
     "Spherical k-means in each image (Hwang et al. 2019)."
     if empty not in EMPTY: raise ValueError(f"empty is 'keep' or 'zero', not {empty!r}")
@@ -134,8 +141,7 @@ def spherical_kmeans(
 
 def _rounds(x, z, k, iterations, empty, block):
     "The rounds of k-means on N×P×D."
-    sums, inside = _Sums(x, k), z >= 0
-    sums.add(z, inside)
+    sums, inside = _Sums(x, z, k), z >= 0
     dead = sums.counts.view(len(x), k) == 0 if empty == 'keep' else None
     dead, centres = dead if dead is not None and dead.any() else None, x.new_zeros(len(x), k, x.shape[2])
     for t in range(iterations):
@@ -147,7 +153,7 @@ def _rounds(x, z, k, iterations, empty, block):
         z = new
     return z
 
-# %% ../../nbs/30_segment/05_clusters.ipynb #981cab80
+# %% ../../nbs/30_segment/05_clusters.ipynb #1bdfddf7
 @dataclass
 class Segments:
     "The pixels of a batch that take part, and the segments that they are in."
@@ -171,7 +177,7 @@ class Segments:
         out[self.pixel] = values[self.id]
         return out.view(n, h, w, *values.shape[1:])
 
-# %% ../../nbs/30_segment/05_clusters.ipynb #016d9995
+# %% ../../nbs/30_segment/05_clusters.ipynb #e57078b5
 def _whole(name, given, like):
     "A map of whole numbers ≥ 0 in the shape of the clusters; zeros for None."
     if given is None: return torch.zeros_like(like)
@@ -203,7 +209,7 @@ def _digits(key, sizes):
     for n in sizes[:0:-1]: out, key = [key % n, *out], key.div(n, rounding_mode='floor')
     return [key, *out]
 
-# %% ../../nbs/30_segment/05_clusters.ipynb #d6be2a20
+# %% ../../nbs/30_segment/05_clusters.ipynb #d1eecea0
 def _count(segments, n): return n if n is not None else int(segments.max()) + 1 if len(segments) else 0
 def _segment_sums(values, segments, n): return values.new_zeros(_count(segments, n), *values.shape[1:]).index_add(0, segments, values)
 
@@ -235,7 +241,7 @@ def majority_label(
     if not n or not c: return segments.new_zeros(n)
     return torch.bincount(segments * c + labels, minlength=n * c).view(n, c).argmax(1)
 
-# %% ../../nbs/30_segment/05_clusters.ipynb #410c942b
+# %% ../../nbs/30_segment/05_clusters.ipynb #a708e096
 def segment_pixels(
     embedding: torch.Tensor,    # float N×D×h×w, as the network gives it
     label=None,                 # see `cut_segments`
@@ -256,7 +262,7 @@ def segment_pixels(
     s = cut_segments(z.view(n, h, w), label, region)
     return s, s.pixels(unit), s.pixels(joint)
 
-# %% ../../nbs/30_segment/05_clusters.ipynb #a5f75161
+# %% ../../nbs/30_segment/05_clusters.ipynb #3e5a18e3
 def _top(scores, k, cell=64):
     "The k greatest of each row and their places, without looking twice at most of them."
     n, m = scores.shape
@@ -270,7 +276,7 @@ def _top(scores, k, cell=64):
     value, at = scores.gather(1, place).topk(k, 1)
     return value, place.gather(1, at)
 
-# %% ../../nbs/30_segment/05_clusters.ipynb #b1cd600c
+# %% ../../nbs/30_segment/05_clusters.ipynb #92f0f7c2
 @torch.no_grad()
 def retrieve(
     query: torch.Tensor,    # float Q×D, of length 1
@@ -304,7 +310,7 @@ def _allowed(scores, first, groups, own):
         scores[row, own[row] - first] = -torch.inf
     return scores
 
-# %% ../../nbs/30_segment/05_clusters.ipynb #188f1a78
+# %% ../../nbs/30_segment/05_clusters.ipynb #1331d92c
 def neighbour_shares(
     place: torch.Tensor,    # int64 Q×k, from `retrieve`
     labels: torch.Tensor,   # int64 M, label of each prototype, below `n_classes`
