@@ -116,11 +116,11 @@ def transition(
 # %% ../../nbs/20_refine/05_walk.ipynb #87ae416a
 def walk(
     values,         # float K×h×w
-    matrix,         # sparse hw×hw, see `transition`
+    matrix,         # hw×hw, sparse (see `transition`) or full; its type is that of the sums
     steps: int = 256,   # averages taken, one after the other
 )->np.ndarray:      # float32 K×h×w
-    "The values after some steps, as products of a sparse matrix with K columns."
-    v = np.asarray(values, np.float64)
+    "The values after some steps, as products of a matrix with K columns."
+    v = np.asarray(values, matrix.dtype)
     x = v.reshape(len(v), v.shape[1] * v.shape[2]).T
     for _ in range(steps if len(v) else 0): x = matrix @ x
     return x.T.reshape(v.shape).astype(np.float32)
@@ -143,10 +143,11 @@ def random_walk(
 def scaled_maps(
     values,             # float K×h×w, at least 0
     by: str|None = 'image',     # 'image': one maximum for all maps; 'class': each its own; None: as they are
+    floor: float = 0.,  # a lower maximum counts as this
 )->np.ndarray:          # float32 K×h×w
     "Maps divided by their maximum; a map of zeros stays so."
     if by not in ('image', 'class', None): raise ValueError(f"by is 'image', 'class' or None, not {by!r}")
-    top = np.max(values, axis=(1, 2) if by == 'class' else None, keepdims=True, initial=0)
+    top = np.max(values, axis=(1, 2) if by == 'class' else None, keepdims=True, initial=floor)
     return (values / np.where(top > 0, top, 1) if by else np.asarray(values)).astype(np.float32)
 
 def walk_maps(
