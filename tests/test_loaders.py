@@ -15,7 +15,7 @@ from wsss_nb.data.folder import folder
 from wsss_nb.data.items import UNLABELLED, VOID, Dataset, InputError, Item, resize_mask
 from wsss_nb.data.pets import held_out, pet_truth, pets, read_box_xml, read_trimap
 from wsss_nb.data.sample import sample
-from wsss_nb.data.voc import VOC_CLASSES, draw_scribbles, read_splits, read_strokes, voc
+from wsss_nb.data.voc import VOC_CLASSES, read_splits, voc
 
 GOLDEN = Path(__file__).parent/'golden'
 CATS = ['Abyssinian', 'Bengal', 'Birman', 'Bombay', 'British_Shorthair', 'Egyptian_Mau', 'Maine_Coon', 'Persian', 'Ragdoll', 'Russian_Blue', 'Siamese', 'Sphynx']
@@ -195,15 +195,6 @@ def test_voc_lists_that_share_an_image(spoilt):
     with open(p/'ImageSets/Segmentation/train.txt', 'a') as f: f.write(f'{shared}\n')
     with pytest.warns(UserWarning, match=shared): splits = read_splits(p)
     assert shared not in splits['train'] and shared in splits['val']
-
-
-def test_strokes(tmp_path):
-    (tmp_path/'a.txt').write_text('15,2,2,9,2\n\n0,1,7,1,7,8,7,\n3,11,0\n')
-    m = draw_scribbles(tmp_path/'a.txt', (10, 12))
-    assert (m[2, 5], m[7, 5], m[0, 11], m[5, 5]) == (15, 0, 3, UNLABELLED)
-    Image.fromarray(np.array([[0, 255], [254, 4]], np.uint8)).save(tmp_path/'a.png')
-    assert read_strokes(tmp_path/'a.png').tolist() == [[0, 254], [254, 4]]
-    with pytest.raises(InputError, match='stand for no class'): read_strokes(tmp_path/'a.png', n_classes=3)
 
 
 # --- a folder of one's own

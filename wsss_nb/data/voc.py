@@ -14,6 +14,7 @@ import io, json, os, re, struct, tempfile, warnings, zlib
 from difflib import get_close_matches
 from functools import partial
 from pathlib import Path
+from xml.etree import ElementTree
 
 # %% ../../nbs/00_data/03_voc.ipynb #6bdbb995
 import numpy as np
@@ -160,31 +161,57 @@ def read_labels(
     return {k: v for k, v in found.items() if k in images}
 
 # %% ../../nbs/00_data/03_voc.ipynb #257ea233
-def draw_scribbles(
-    path,           # text file, a line per stroke: class,x,y,x,y,…
-    size: tuple,    # (H, W) of the image
-    width: int = 3, # of a stroke, pixels
-)->np.ndarray:      # uint8 H×W, 254 where there is no stroke
-    "Rasterise the strokes of a ScribbleSup list (Lin et al. 2016)."
-    out = Image.new('L', size[::-1], UNLABELLED)
-    draw = ImageDraw.Draw(out)
-    for n, line in enumerate(Path(path).read_text().splitlines(), 1):
+def _list_strokes(path):
+    "(class id, x, y, x, y, …) of each line of a text."
+    try: lines = Path(path).read_text(encoding='utf-8-sig').splitlines()
+    except (OSError, UnicodeDecodeError) as e: raise InputError(path, f'not a readable list of strokes ({e})', 'A line is: class,x,y,x,y,…') from e
+    for n, line in enumerate(lines, 1):
         try: label, *xy = [int(float(v)) for v in line.strip().strip(',').split(',') if v.strip()] or [None]
-        except ValueError: label, xy = -1, ()
+        except (ValueError, OverflowError): label, xy = -1, ()
         if label is None: continue
         if not 0 <= label < UNLABELLED or not xy or len(xy) % 2: raise InputError(path, f'line {n} is not a stroke', 'A line is: class,x,y,x,y,…')
-        draw.line(xy, fill=label, width=width) if len(xy) > 2 else draw.point(xy, fill=label)
-    return np.array(out)
+        yield label, *xy
+
+def _xml_strokes(path, size, classes):
+    "The same of each stroke of an XML."
+    try:
+        root = ElementTree.parse(path).getroot()
+        own = [int(root.findtext(f'size/{k}') or n) for k, n in zip(('height', 'width'), size)]
+        found = [(p.findtext('tag').strip(), *(int(float(q.findtext(k))) for q in p.iter('point') for k in 'XY')) for p in root.iter('polygon')]
+    except (OSError, ElementTree.ParseError, TypeError, ValueError, AttributeError, OverflowError) as e:
+        raise InputError(path, f'not a readable scribble annotation ({e})', 'Take the file from ScribbleSup again.') from e
+    if own != [*size]: raise InputError(path, f'its strokes are for an image of {own[1]}×{own[0]}, this is {size[1]}×{size[0]}', 'Give the scribbles of this image.')
+    for name, *xy in found: yield 0 if name == 'background' else class_id(name, classes, path), *xy
 
 # %% ../../nbs/00_data/03_voc.ipynb #b30ca7a2
+def draw_scribbles(
+    path,           # XML, or a text with a line per stroke: class,x,y,x,y,…
+    size: tuple,    # (H, W) of the image
+    width: int = 3, # of a stroke, pixels
+    classes=VOC_CLASSES,    # names in the XML, ids from 1; 'background' is 0
+)->np.ndarray:      # uint8 H×W, 254 where there is no stroke
+    "Rasterise the strokes of a ScribbleSup file (Lin et al. 2016)."
+    (h, w), out = size, Image.new('L', size[::-1], UNLABELLED)
+    draw = ImageDraw.Draw(out)
+    for n, (label, *xy) in enumerate(_xml_strokes(path, size, classes) if Path(path).suffix.lower() == '.xml' else _list_strokes(path), 1):
+        points = [*zip(xy[::2], xy[1::2])]
+        if not any(0 <= x < w and 0 <= y < h for x, y in points) or any(not (-w <= x <= 2 * w and -h <= y <= 2 * h) for x, y in points):
+            raise InputError(path, f'stroke {n} has no point in the image of {w}×{h}, or one far outside', 'Give the scribbles of this image.')
+        draw.line(xy, fill=label, width=width) if len(points) > 1 else draw.point(xy, fill=label)
+    return np.array(out)
+
+# %% ../../nbs/00_data/03_voc.ipynb #5c3b91d2
 def read_strokes(
-    path,                       # scribbles or points: PNG, or a ScribbleSup list `.txt`
-    size: tuple|None = None,    # (H, W) of the image; needed for a list
+    path,                       # scribbles or points: PNG, or a ScribbleSup file `.xml` or `.txt`
+    size: tuple|None = None,    # (H, W) of the image; needed for ScribbleSup's files
     n_classes: int|None = None, # highest class number allowed
+    classes=VOC_CLASSES,        # names in the XML
 )->np.ndarray:                  # uint8 H×W: class, 0 background, 254 unlabelled
-    "Read a weak label map; 255 counts as unlabelled."
-    if Path(path).suffix == '.txt': m = draw_scribbles(path, size)
-    else: m = read_mask(path, n_classes, size)
+    "Read a weak label map; 255 counts as unlabelled. A map without any label is allowed."
+    if Path(path).suffix.lower() not in ('.txt', '.xml'): m = read_mask(path, n_classes, size)
+    elif size is None: raise ValueError(f'{path}: strokes need the size (H, W) of their image')
+    else: m = draw_scribbles(path, size, classes=classes)
+    if n_classes is not None: _check_values(path, m, n_classes)
     return np.where(m == VOID, np.uint8(UNLABELLED), m)
 
 # %% ../../nbs/00_data/03_voc.ipynb #b0c4a5f2
@@ -252,9 +279,7 @@ def _strokes(given, path, name):
     "Weak label maps by id: from the folder given, else from a folder of that name in `path`, if there is one."
     if given is not None and not Path(given).is_dir(): raise InputError(given, 'no such folder', f'Give the folder that holds the {name}.')
     folders = [Path(given)] if given is not None else [p for p in path.iterdir() if p.is_dir() and p.name.lower() == name]
-    found = _stems(folders[0], ('.png', '.txt')) if folders else {}
-    texts = {k.removesuffix('_scribble'): p for k, p in found.items() if p.suffix == '.txt'}
-    return {**texts, **{k: p for k, p in found.items() if p.suffix == '.png'}}
+    return {k.removesuffix('_scribble'): p for d in folders for s in ('.xml', '.txt', '.png') for k, p in _stems(d, (s,)).items()}
 
 # %% ../../nbs/00_data/03_voc.ipynb #844c6212
 def voc_folder(
@@ -285,7 +310,7 @@ def _class_masks(folder, optional):
 # %% ../../nbs/00_data/03_voc.ipynb #c396a917
 def voc(
     path,                   # folder VOC2012 (or VOCdevkit above it)
-    scribbles=None,         # folder of scribbles, PNG or ScribbleSup lists; default: `scribbles` in VOC2012, if there
+    scribbles=None,         # folder of scribbles, PNG or ScribbleSup's XML or lists; default: `scribbles` in VOC2012, if there
     points=None,            # folder of points, PNG; default: `points` in VOC2012, if there
     masks='SegmentationClass',  # folder of class masks, in VOC2012 or anywhere; 'SegmentationClassAug' for the augmented ones
     classes=VOC_CLASSES,    # class names, ids 1..C

@@ -140,12 +140,14 @@ def box_maps(
     boxes,                  # int K×5, see `box_pixels`
     keys,                   # class ids of the maps, sequence of C
     overlap: str = 'max',   # of boxes of one class: the greater value, or that of the last box (BANA)
+    from_least: bool = False,   # stretch from the least value in the box to 0, too
 )->torch.Tensor:            # float32 C×H×W in [0, 1], 0 outside the boxes of a class
     "Class maps divided by their maximum in each box."
     if overlap not in OVERLAPS: raise ValueError(f"overlap is 'max' or 'last', not {overlap!r}")
     out, row = torch.zeros_like(maps), {c: k for k, c in enumerate(keys)}
     for c, x0, y0, x1, y1 in np.asarray(boxes).tolist():
         a, b = maps[row[c], y0:y1, x0:x1], out[row[c], y0:y1, x0:x1]
+        if from_least: a = a - a.min()
         a = a / (a.max() + 1e-12)
         b.copy_(torch.maximum(a, b) if overlap == 'max' else a)
     return out
