@@ -1,5 +1,6 @@
 "What a report scores, what it refuses, and what it says about the rest."
 import numpy as np, pytest, torch
+from matplotlib.backends.backend_agg import FigureCanvasAgg
 from PIL import Image
 from torchmetrics.classification import BinaryF1Score, BinaryJaccardIndex, MulticlassJaccardIndex
 from wsss_nb.data.items import Dataset, InputError, Item, write_mask
@@ -152,6 +153,15 @@ def test_sheet_has_the_size_of_its_tiles(tmp_path):
     rng = np.random.default_rng(0)
     picture_sheet([row(60, 80), row(90, 60)], path, width=100, classes=('background', 'cat', 'dog'))
     assert path.read_bytes() == first and [p.name for p in path.parent.iterdir()] == ['sheet.png']
+
+def test_long_headings_are_broken_and_stay_over_their_tiles():
+    "Each heading is no wider than its column, by matplotlib's own measure."
+    image, names = np.zeros((40, 40, 3), np.uint8), ('SILOP, through the labels', 'network on round 3: 4 scales, dense CRF', 'truth')
+    fig = picture_sheet([{'image': image, **dict.fromkeys(names, np.ones((40, 40), np.uint8))}], None, names, 104)
+    titles = [ax.title for ax in fig.axes]
+    boxes = [t.get_window_extent(FigureCanvasAgg(fig).get_renderer()) for t in titles]
+    assert max(b.width for b in boxes) < 104 + 5 and max(b.y1 for b in boxes) <= fig.get_size_inches()[1] * fig.dpi
+    assert titles[0].get_text().count('\n') == 1 and titles[2].get_text() == 'truth'
 
 def test_spread_runs_from_worst_to_best(tmp_path):
     data, preds = made(tmp_path)

@@ -12,6 +12,7 @@ __all__ = ['NAMES', 'COLUMNS', 'Result', 'evaluate_predictions', 'evaluate_folde
 import colorsys, cv2, numpy as np, pandas as pd
 from dataclasses import dataclass, field
 from functools import cached_property
+from textwrap import fill
 from fastcore.basics import patch
 from matplotlib.figure import Figure
 from matplotlib.patheffects import withStroke
@@ -257,12 +258,13 @@ def picture_sheet(
     "A sheet of pictures with their maps and masks: one row an image, one column a stage."
     tiles = [[_tile(r, c, width) for c in columns] for r in rows]
     heights = [max(t.shape[0] for t in ts if t is not None) for ts in tiles]
-    fig, cells = _grid(len(columns), heights, width, dpi, 20 if classes else 2)
+    heads = [fill(c, max(6, int(width * 15 / dpi))) for c in columns]     # less than seven pixels a letter at 100 dots an inch
+    fig, cells = _grid(len(columns), heights, width, dpi, 20 if classes else 2, top=24 + max(h.count('\n') for h in heads) * dpi // 7)
     if classes: _legend(fig, rows, columns, classes)
     for r, ts, axes in zip(rows, tiles, cells):
         for c, t, ax in zip(columns, ts, axes): _draw(ax, t, r.get('notes', {}).get(c))
         axes[0].text(-.05, .5, r.get('label', ''), rotation=90, ha='right', va='center', transform=axes[0].transAxes, fontsize=7, color='#555')
-    for c, ax in zip(columns, cells[0]): ax.set_title(c, fontsize=9, color='#222', pad=4)
+    for h, ax in zip(heads, cells[0]): ax.set_title(h, fontsize=9, color='#222', pad=4)
     if path is not None:
         how = dict(metadata={'Software': None}) if str(path).endswith('.png') else dict(pil_kwargs=dict(quality=85))
         with atomic(path) as tmp: fig.savefig(tmp, dpi=dpi, **how)
