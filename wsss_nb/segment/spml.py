@@ -54,6 +54,7 @@ class SPML:
     aff_cosine: float = .95     # what near is
     dim: int = 64               # of the embedding
     head: str = 'rates'         # 'rates' or 'pyramid'
+    rates: tuple = (6, 12, 18, 24)      # dilations of 'rates', cells of 8 px
     colour: bool = False        # colours beside the location in the clusters
     grid: int = 6               # clusters per side to start from
     rounds: int = 10            # of k-means
@@ -81,7 +82,7 @@ def study(
     **changes,      # fields of `SPML`
 )->SPML:
     "The same losses with the common backbone, small images and few steps."
-    small = dict(backbone=DEFAULT_BACKBONE, size=160, bs=8, iterations=600, lr=1e-3, dropout=.5, bn_momentum=None, scale=(.7, 1.))
+    small = dict(backbone=DEFAULT_BACKBONE, size=160, bs=8, iterations=600, lr=1e-3, dropout=.5, bn_momentum=None, scale=(.7, 1.), rates=(2, 4, 6, 8))
     return replace(preset, **{**small, **changes})
 
 STUDY = {k: study(v) for k, v in PAPER.items()}
@@ -128,13 +129,14 @@ class SPMLNet(nn.Module):
         dropout: float = .75,   # in the softmax head
         colour: bool = False,   # local features with colours
         bn_momentum: float|None = None,     # of the backbone; None: its own
+        rates=(6, 12, 18, 24),  # dilations of 'rates'
         pretrained: bool = True,    # ImageNet weights
     ):
         super().__init__()
         if head not in HEADS: raise ValueError(f'head {head!r} is none of {", ".join(HEADS)}')
-        self.config = dict(n_classes=n_classes, backbone=backbone, dim=dim, head=head, dropout=dropout, colour=colour, bn_momentum=bn_momentum)
+        self.config = dict(n_classes=n_classes, backbone=backbone, dim=dim, head=head, dropout=dropout, colour=colour, bn_momentum=bn_momentum, rates=list(rates))
         self.encoder = LastStage(create_backbone(backbone, 8, pretrained))
-        self.head, self.colour = HEADS[head](self.encoder.model.num_features, dim), colour
+        self.head, self.colour = HEADS[head](self.encoder.model.num_features, dim, **({'rates': rates} if head == 'rates' else {})), colour
         self.classifier = nn.Sequential(_conv(dim, 2 * dim, 3), nn.Dropout(dropout), nn.Conv2d(2 * dim, n_classes, 1))
         self._settle(bn_momentum)
     def _settle(self, momentum):
@@ -412,7 +414,7 @@ def spml_learner(
     norm, n = stats(p.backbone), len(view.segment_classes) + 1
     if augment is None: augment = Augment(p.scale, brightness=0., contrast=0.)
     dls = spml_dls(view, read_label, read_region, p.size, p.bs, norm, augment, valid)
-    net = SPMLNet(n, p.backbone, p.dim, p.head, p.dropout, p.colour, p.bn_momentum, pretrained)
+    net = SPMLNet(n, p.backbone, p.dim, p.head, p.dropout, p.colour, p.bn_momentum, p.rates, pretrained)
     learn = Learner(dls, net, loss_func=SPMLLoss(n, p), opt_func=caffe_sgd, splitter=lambda net: [g for g, _, _ in rate_groups(net)],
                     wd_bn_bias=True, cbs=[MemoryBank(), Watch(), *(cbs or [])])
     learn.spml = dict(preset=p, view=repr(view), classes=['background', *view.segment_classes], size=p.size, mean=list(norm[0]), std=list(norm[1]))
