@@ -17,7 +17,7 @@ study: $(READY)  ## the main job on the sample: tags in, masks out, a table and 
 # One process for each notebook: a pool of processes would wait for the idle workers that the notebooks' own parallel steps keep.
 test: $(READY)  ## every notebook as a test, then pytest
 	find nbs -name '*.ipynb' -not -path '*/.*' | sort | $(TESTING) xargs -n 1 -P 2 $(BIN)/nbdev-test --do-print
-	$(TESTING) $(BIN)/python -m pytest -q
+	$(TESTING) $(BIN)/python -m pytest -q -n 2 --dist loadfile
 
 lab: $(READY)  ## JupyterLab on the notebooks
 	$(BIN)/jupyter lab --notebook-dir=nbs

@@ -11,7 +11,6 @@ __all__ = ['PAPER', 'STUDY', 'HEADS', 'SPML', 'study', 'PyramidHead', 'early_lay
 
 # %% ../../nbs/30_segment/07_spml.ipynb #5e9b0003
 from dataclasses import asdict, dataclass, replace
-from functools import partial
 import numpy as np, torch, torch.distributed as dist
 from fastai.callback.core import Callback
 from fastai.callback.schedule import ParamScheduler
