@@ -110,10 +110,9 @@ def test_network(kind, tmp_path):
     "Shapes, what learns, what stands still in training, and the two files."
     p = PAPER[kind]
     net = SPMLNet(15, 'resnet18', p.dim, p.head, colour=p.colour, bn_momentum=p.bn_momentum, pretrained=False)
-    x = torch.randn(2, 3, 64, 48)
+    x, before = torch.randn(2, 3, 64, 48), {k: v.clone() for k, v in net.state_dict().items()}
     e, logits, local = net(x)
     assert e.shape == (2, p.dim, 16, 12) and logits.shape == (2, 15, 16, 12) and local.shape == (2, 16, 12, 5 if p.colour else 2)
-    before = {k: v.clone() for k, v in net.state_dict().items()}
     (e.square().sum() + logits.square().sum()).backward()
     torch.optim.SGD([q for g, _, _ in rate_groups(net) for q in g], 1e-3).step()
     moved = {k for k, v in net.state_dict().items() if not v.equal(before[k])}
