@@ -152,11 +152,11 @@ def read_stored(item, store):   # uint8 H×W
     "The label map of an item from a `LabelStore`."
     return store.load(item.id)
 
-def segment_stage(root, view, s: Settings, read_label, labels, say, stage='segment', train=train_segmenter, **extra):
-    "Train the segmentation network; a `Run` with a model in `model`. `labels` names what it learns from; `train`: another way to train; `extra`: another `learner` and its options."
-    config = _part(s, 'seed', 'arch', 'segment_backbone', 'segment_size', 'segment_epochs', 'segment_bs', 'segment_lr') | {'labels': labels, 'images': view.ids} | {k: v for k, v in extra.items() if k != 'learner'} | ({} if train is train_segmenter else {'train': train.__name__})
+def segment_stage(root, view, s: Settings, read_label, labels, say, stage='segment', train=None, **extra):
+    "Train the segmentation network; a `Run` with a model in `model`. `labels` names what it learns from; `train`: a function in place of `train_segmenter`; `extra`: another `learner` and its options."
+    config = _part(s, 'seed', 'arch', 'segment_backbone', 'segment_size', 'segment_epochs', 'segment_bs', 'segment_lr') | {'labels': labels, 'images': view.ids} | {k: v for k, v in extra.items() if k != 'learner'} | ({'train': train.__name__} if train else {})
     def work(run):
-        learn = train(view, read_label, s.segment_epochs, s.segment_lr, seed=s.seed, path=run/'checkpoint.pth',
+        learn = (train or train_segmenter)(view, read_label, s.segment_epochs, s.segment_lr, seed=s.seed, path=run/'checkpoint.pth',
                                 arch=s.arch, backbone=s.segment_backbone, size=s.segment_size, bs=s.segment_bs, **extra)
         segmenter(learn).save(run/'model')
         (run/'checkpoint.pth').unlink(missing_ok=True)
