@@ -29,6 +29,13 @@ def browser():
 
 
 @pytest.fixture(scope='module')
+def photos(tmp_path_factory):
+    "The rendered scenes in the layout of VOC 2012, the smallest sample, in a folder of their own."
+    from wsss_nb.data.sample import sample
+    return Path(shutil.copytree(sample(profile='smoke')/'voc/VOC2012', tmp_path_factory.mktemp('photos')/'VOC2012'))
+
+
+@pytest.fixture(scope='module')
 def serve():
     "Function that serves a folder over HTTP and returns its address."
     servers = []

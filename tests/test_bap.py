@@ -280,9 +280,11 @@ def test_rates_drop_after_five_eighths(ds):
     view = view.keep(lambda o: o.id in set(view.ids[:8]))
     learn = train_bap_sgd(view, Stage1(lr=1e-3, iterations=8, drop=5), epochs=2, size=64, bs=1, backbone='tf_efficientnet_lite0')
     groups = {m: p for p, m in rate_groups(learn.model)}
-    assert set(groups) == {1, 2, 10} and sum(p.numel() for p in groups[10]) == learn.model.head.weight.numel()
-    assert sum(len(p) for p in groups.values()) == len(list(learn.model.parameters()))
+    assert set(groups) == {1, 10} and sum(p.numel() for p in groups[10]) == learn.model.head.weight.numel()
+    assert sum(len(p) for p in groups.values()) == sum(p.requires_grad for p in learn.model.parameters())
     assert np.allclose(learn.recorder.lrs[:10], 1e-2) and np.allclose(learn.recorder.lrs[10:], 1e-3)
+    two = nn.ModuleDict({'backbone': nn.Linear(2, 3), 'head': nn.Linear(3, 2)})
+    assert [(tuple(p.shape for p in ps), m) for ps, m in rate_groups(two)] == [(((3, 2),), 1), (((3,),), 2), (((2, 3),), 10), (((2,),), 20)]
     fresh = bap_learner(view, size=64, backbone='tf_efficientnet_lite0').model
     assert torch.equal(learn.model.backbone.bn1.running_mean.cpu(), fresh.backbone.bn1.running_mean)
 

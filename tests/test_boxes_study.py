@@ -9,7 +9,6 @@ from sklearn.metrics import jaccard_score
 
 from wsss_nb.data.coco import voc_as_coco
 from wsss_nb.data.items import VOID, InputError, read_image, write_mask
-from wsss_nb.data.sample import sample
 from wsss_nb.data.store import LabelStore
 from wsss_nb.study import boxes
 from wsss_nb.study.cli import main
@@ -18,13 +17,6 @@ from wsss_nb.study.tables import Table
 
 
 def quiet(text): pass
-
-
-@pytest.fixture(scope='module')
-def photos(tmp_path_factory):
-    root = tmp_path_factory.mktemp('photos')/'VOC2012'
-    shutil.copytree(sample(profile='smoke')/'voc/VOC2012', root)
-    return root
 
 
 @pytest.fixture(scope='module')

@@ -7,7 +7,6 @@ import torch
 from sklearn.metrics import confusion_matrix, jaccard_score
 
 from wsss_nb.data.items import InputError
-from wsss_nb.data.sample import sample
 from wsss_nb.data.store import LabelStore, MapStore, Maps
 from wsss_nb.evaluate.metrics import scores
 from wsss_nb.refine.crf import agreement_labels
@@ -18,13 +17,6 @@ from wsss_nb.study.tables import Table
 
 
 def quiet(text): pass
-
-
-@pytest.fixture(scope='module')
-def photos(tmp_path_factory):
-    root = tmp_path_factory.mktemp('photos')/'VOC2012'
-    shutil.copytree(sample(profile='smoke')/'voc/VOC2012', root)
-    return root
 
 
 @pytest.fixture(scope='module')

@@ -19,7 +19,7 @@ from wsss_nb.localize.training import fit
 from wsss_nb.segment.clusters import Segments, location_features, segment_pixels
 from wsss_nb.segment.contrast import annotation_loss
 from wsss_nb.segment.spml import (PAPER, SPML, STUDY, Prototypes, SPMLLoss, SPMLNet, WarmPoly, batch_prototypes, caffe_sgd, gather_rows, load_spml, poly_rate,
-                                  rate_groups, save_spml, spml_learner, train_spml)
+                                  decay_groups, save_spml, spml_learner, train_spml)
 
 GOLDEN = Path(__file__).parent/'golden'
 
@@ -114,11 +114,11 @@ def test_network(kind, tmp_path):
     e, logits, local = net(x)
     assert e.shape == (2, p.dim, 16, 12) and logits.shape == (2, 15, 16, 12) and local.shape == (2, 16, 12, 5 if p.colour else 2)
     (e.square().sum() + logits.square().sum()).backward()
-    torch.optim.SGD([q for g, _, _ in rate_groups(net) for q in g], 1e-3).step()
+    torch.optim.SGD([q for g, _, _ in decay_groups(net) for q in g], 1e-3).step()
     moved = {k for k, v in net.state_dict().items() if not v.equal(before[k])}
     assert not [k for k in moved if k.split('.')[2] in ('conv1', 'bn1', 'layer1')]      # S12
     assert any('layer2' in k for k in moved) and any(k.startswith('head') for k in moved)
-    assert [(m, d) for _, m, d in rate_groups(net)] == [(1, 1.), (2, 0.), (10, 1.), (20, 0.)]
+    assert [(m, d) for _, m, d in decay_groups(net)] == [(1, 1.), (2, 0.), (10, 1.), (20, 0.)]
     assert net.encoder.model.layer2[0].bn1.momentum == 3e-4
 
 
@@ -314,7 +314,7 @@ def test_same_seed_same_bits_and_resume(view, tmp_path):
             if self.epoch == 1 and self.training: raise KeyboardInterrupt
     path = tmp_path/'state.pth'
     learn = spml_learner(view, read_label, read_region, seed=1, cbs=[Kill()], **SMALL)
-    groups = rate_groups(learn.model)
+    groups = decay_groups(learn.model)
     rates = [3e-3 * m for _, m, _ in groups]
     with pytest.raises(KeyboardInterrupt), learn.no_bar(), learn.no_logging():
         fit(learn, 3, rates[-1], seed=1, wd=[5e-4 * d for _, _, d in groups], path=path, schedule=WarmPoly(rates, 3 * len(learn.dls.train)))

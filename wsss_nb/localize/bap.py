@@ -349,10 +349,10 @@ def rate_groups(
     net,            # a network of which a part is pretrained
     pretrained: str = 'backbone.',  # how the names of that part's parameters begin
 )->list:            # (parameters, multiple of the rate): its weights and biases, the rest's; empty ones left out
-    "BANA's multiples of the rate: 1 and 2 for what is pretrained, 10 and 20 for what is new."
+    "BANA's multiples of the rate, of what learns: 1 and 2 for what is pretrained, 10 and 20 for what is new."
     def kind(name): return not name.startswith(pretrained), name.endswith('bias')
     kinds = {(new, bias): (10 if new else 1) * (2 if bias else 1) for new in (False, True) for bias in (False, True)}
-    groups = [([p for n, p in net.named_parameters() if kind(n) == k], m) for k, m in kinds.items()]
+    groups = [([p for n, p in net.named_parameters() if p.requires_grad and kind(n) == k], m) for k, m in kinds.items()]
     return [(p, m) for p, m in groups if p]
 
 # %% ../../nbs/10_localize/07_bap.ipynb #00ec1350

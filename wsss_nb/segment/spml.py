@@ -6,7 +6,7 @@ Docs: https://wsss-nb.github.io/wsss_nb/30_segment/spml.html.md"""
 
 # %% auto #0
 __all__ = ['PAPER', 'STUDY', 'HEADS', 'SPML', 'study', 'PyramidHead', 'early_layers', 'SPMLNet', 'gather_rows', 'Prototypes',
-           'batch_prototypes', 'SPMLLoss', 'spml_dls', 'poly_rate', 'WarmPoly', 'caffe_sgd', 'rate_groups',
+           'batch_prototypes', 'SPMLLoss', 'spml_dls', 'poly_rate', 'WarmPoly', 'caffe_sgd', 'decay_groups',
            'MemoryBank', 'Watch', 'spml_learner', 'train_spml', 'save_spml', 'load_spml']
 
 # %% ../../nbs/30_segment/07_spml.ipynb #5e9b0003
@@ -29,6 +29,7 @@ from ..data.blocks import Augment, Resized, _augment, _items, _resize_labels, im
 from ..data.items import UNLABELLED, VOID, InputError
 from ..data.pets import image_size
 from ..localize.backbones import DEFAULT_BACKBONE, create_backbone, stats
+from ..localize.bap import rate_groups
 from ..localize.ccam import gathered
 from ..localize.training import fit, load_network, save_network, seed_everything
 from .clusters import colour_features, location_features, prototypes, segment_pixels
@@ -353,15 +354,11 @@ def caffe_sgd(
     return Optimizer(params, [l2_reg, _caffe_average, _caffe_step], lr=lr, mom=mom, wd=wd)
 
 # %% ../../nbs/30_segment/07_spml.ipynb #5e9b002b
-def rate_groups(
+def decay_groups(
     net: SPMLNet,
 )->list:        # (parameters, multiple of the rate, share of the weight decay); empty ones left out
-    "Groups of what learns: backbone and new layers, weights and biases."
-    learns = [(n, p) for n, p in net.named_parameters() if p.requires_grad]
-    def kind(n): return not n.startswith('encoder.'), n.endswith('bias')
-    kinds = {(new, bias): ((10 if new else 1) * (2 if bias else 1), 0. if bias else 1.) for new in (False, True) for bias in (False, True)}
-    groups = [([p for n, p in learns if kind(n) == k], *v) for k, v in kinds.items()]
-    return [g for g in groups if g[0]]
+    "Groups of what learns: backbone and new layers, weights and biases; biases have no decay."
+    return [(p, m, float(m in (1, 10))) for p, m in rate_groups(net, 'encoder.')]
 
 # %% ../../nbs/30_segment/07_spml.ipynb #5e9b002e
 class MemoryBank(Callback):
@@ -414,7 +411,7 @@ def spml_learner(
     if augment is None: augment = Augment(p.scale, brightness=0., contrast=0.)
     dls = spml_dls(view, read_label, read_region, p.size, p.bs, norm, augment, valid)
     net = SPMLNet(n, p.backbone, p.dim, p.head, p.dropout, p.colour, p.bn_momentum, p.rates, pretrained)
-    learn = Learner(dls, net, loss_func=SPMLLoss(n, p), opt_func=caffe_sgd, splitter=lambda net: [g for g, _, _ in rate_groups(net)],
+    learn = Learner(dls, net, loss_func=SPMLLoss(n, p), opt_func=caffe_sgd, splitter=lambda net: [g for g, _, _ in decay_groups(net)],
                     wd_bn_bias=True, cbs=[MemoryBank(), Watch(), *(cbs or [])])
     learn.spml = dict(preset=p, view=repr(view), classes=['background', *view.segment_classes], size=p.size, mean=list(norm[0]), std=list(norm[1]))
     return learn
@@ -432,7 +429,7 @@ def train_spml(
 )->Learner:                 # trained
     "Train embeddings and softmax head."
     learn = spml_learner(view, read_label, read_region, preset, seed=seed, **kwargs)
-    p, groups = learn.spml['preset'], rate_groups(learn.model)
+    p, groups = learn.spml['preset'], decay_groups(learn.model)
     epochs = max(1, round(p.iterations / len(learn.dls.train))) if epochs is None else epochs
     rates = [p.lr * m for _, m, _ in groups]
     schedule = WarmPoly(rates, epochs * len(learn.dls.train), p.warmup)
