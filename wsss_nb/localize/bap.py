@@ -133,7 +133,7 @@ def pair_weights(
 def roi_lengths(
     features: torch.Tensor, # N×F×h×w
     rois: Rois,             # from `boxes_on_map`
-    block: int = 64,        # channels at a time
+    block: int = 256,       # channels at a time
 )->torch.Tensor:            # M×k×l
     "Length of the interpolated feature vector at each sample of each box."
     table = torch.stack([sum(map(pair_products, f.split(block))) for f in features])
