@@ -18,6 +18,7 @@ from torch.nn import functional as F
 from ..data.items import InputError
 from ..localize.backbones import DEFAULT_BACKBONE, PACKAGED, create_backbone, package_weights
 from .deeplab import deeplab_v2, deeplab_v3plus, largefov
+from .embedding import embedding_classifier
 
 # %% ../../nbs/30_segment/00_nets.ipynb #c861f662
 class SegmentNet(nn.Module):
@@ -166,10 +167,11 @@ def _cosine(arch, backbone, n_classes, pretrained, tau=20., **options):
     return cosine_net(create_net(arch, backbone, n_classes, pretrained, **options), tau)
 
 # %% ../../nbs/30_segment/00_nets.ipynb #f6decead
-ARCHITECTURES = ('original_unet', 'deeplab_largefov', 'deeplab_v2', *smp.MODEL_ARCHITECTURES_MAPPING)
+ARCHITECTURES = ('original_unet', 'deeplab_largefov', 'deeplab_v2', 'spml', *smp.MODEL_ARCHITECTURES_MAPPING)
 
-def _deeplab(arch, backbone, n_classes, pretrained, output_stride=8, **options):
-    "The two older DeepLabs, which are not of segmentation-models-pytorch."
+def _dilated(arch, backbone, n_classes, pretrained, output_stride=8, **options):
+    "The two older DeepLabs and SPML's network, which are not of segmentation-models-pytorch."
+    if arch == 'spml': return embedding_classifier(n_classes, backbone, pretrained, **options)
     if arch == 'deeplab_largefov': return largefov(n_classes, pretrained, **options)
     return deeplab_v2(create_backbone(backbone, output_stride, pretrained), n_classes, output_stride, **options)
 
@@ -178,7 +180,7 @@ def create_net(
     backbone: str = DEFAULT_BACKBONE,  # timm name of the encoder; not used by 'original_unet' and 'deeplab_largefov' (VGG-16)
     n_classes: int = 2,    # output channels, background included
     pretrained: bool = True,  # encoder with ImageNet weights
-    **options,             # of the decoder: those of segmentation-models-pytorch, `group_norm` of 'deeplabv3plus', `output_stride` and those of `ASPP` of 'deeplab_v2', `tau` with '-cosine'
+    **options,             # of the decoder: those of segmentation-models-pytorch, `group_norm` of 'deeplabv3plus', `output_stride` and those of `ASPP` of 'deeplab_v2', those of `EmbeddingNet` of 'spml', `tau` with '-cosine'
 )->SegmentNet:             # logits float N×n_classes×H×W for x float N×3×H×W
     "A segmentation network; `InputError` for an unknown name or for weights out of reach."
     if arch.endswith('-cosine'): return _cosine(arch.removesuffix('-cosine'), backbone, n_classes, pretrained, **options)
@@ -186,7 +188,7 @@ def create_net(
     config = dict(arch=arch, backbone=backbone, n_classes=n_classes, **{k: list(v) if isinstance(v, tuple) else v for k, v in options.items()})
     if arch not in ARCHITECTURES: raise InputError(arch, 'no such architecture', f'Take one of {", ".join(ARCHITECTURES)}, also with -cosine after it.')
     if arch == 'original_unet': return SegmentNet(OriginalUNet(n_classes, **options), 1, config)
-    if arch in ('deeplab_largefov', 'deeplab_v2'): return SegmentNet(_deeplab(arch, backbone, n_classes, pretrained, **options), 8, config)
+    if arch in ('deeplab_largefov', 'deeplab_v2', 'spml'): return SegmentNet(_dilated(arch, backbone, n_classes, pretrained, **options), 8, config)
     make = {'unet': unet, 'deeplabv3plus': deeplab_v3plus}.get(arch) or partial(smp.create_model, arch)
     net = _build(partial(make, encoder_name=f'tu-{backbone}', classes=n_classes, **options), backbone, pretrained)
     return SegmentNet(net, net.encoder.output_stride, config, least=128 if arch == 'pan' else 1)  # PAN pools three times at stride 16
