@@ -11,7 +11,7 @@ OPTIONS = {
     'unet': {}, 'unet, stride 1': dict(arch='unet', decoder_channels=(16, 16, 8, 8, 8)), 'unet, stride 8': dict(arch='unet', decoder_channels=(16, 8)),
     'unetplusplus': dict(decoder_channels=(32, 16, 16, 8, 8)), 'manet': dict(decoder_channels=(32, 16, 16, 8, 8)), 'linknet': {}, 'fpn': {},
     'pspnet': {}, 'deeplabv3': dict(decoder_channels=32), 'deeplabv3plus': dict(decoder_channels=32), 'pan': {}, 'segformer': {}, 'upernet': dict(decoder_channels=32),
-    'original_unet': dict(filters=(4, 8, 16, 32)), 'deeplab_largefov': {}, 'deeplab_v2': {}, 'deeplab_v2, wide': dict(arch='deeplab_v2', hidden=32, output_stride=16),
+    'original_unet': dict(filters=(4, 8, 16, 32)), 'deeplab_largefov': {}, 'deeplab_v2': {}, 'spml': dict(dim=8), 'deeplab_v2, wide': dict(arch='deeplab_v2', hidden=32, output_stride=16),
     'unet-cosine': {}, 'deeplab_largefov-cosine': {}, 'deeplab_v2-cosine': dict(hidden=32), 'deeplabv3plus-cosine': dict(decoder_channels=32),
     'deeplabv3plus, groups': dict(arch='deeplabv3plus', decoder_channels=32, group_norm=True),
 }

@@ -291,10 +291,11 @@ def caffe_sgd(
 
 # %% ../../nbs/30_segment/07_spml.ipynb #5e9b002b
 def decay_groups(
-    net: SPMLNet,
+    net,        # `SPMLNet`, or another network of which a part is pretrained
+    pretrained: str = 'encoder.',   # how the names of that part's parameters begin
 )->list:        # (parameters, multiple of the rate, share of the weight decay); empty ones left out
     "Groups of what learns: backbone and new layers, weights and biases; biases have no decay."
-    return [(p, m, float(m in (1, 10))) for p, m in rate_groups(net, 'encoder.')]
+    return [(p, m, float(m in (1, 10))) for p, m in rate_groups(net, pretrained)]
 
 # %% ../../nbs/30_segment/07_spml.ipynb #5e9b002e
 class MemoryBank(Callback):

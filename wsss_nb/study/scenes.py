@@ -9,9 +9,9 @@ __all__ = ['SCENES_PROFILES', 'PAPER', 'SWEEP', 'SCENES_PUBLISHED', 'SCENES_METH
            'scenes_settings', 'paper_settings', 'scenes_data', 'tagged', 'puzzle_stage', 'regions_stage', 'fit_stage',
            'sure_thresholds', 'confident_stage', 'edges_stage', 'walk_stage', 'refined', 'halved', 'cam_masks',
            'puzzle_masks', 'silop_masks', 'subcategory_stage', 'round_maps', 'sccam_masks', 'Step', 'over_seeds',
-           'class_sweep', 'ScenesStudy', 'score_pseudo', 'score_maps', 'score_network', 'taught_by', 'taught_by_truth',
-           'background_step', 'scenes_table', 'study_table', 'silop_table', 'sccam_table', 'methods_table',
-           'scenes_study_table', 'network_steps', 'scenes_sheet']
+           'class_sweep', 'ScenesStudy', 'score_pseudo', 'score_maps', 'score_nets', 'score_network', 'taught_by',
+           'taught_by_truth', 'background_step', 'scenes_table', 'study_table', 'silop_table', 'sccam_table',
+           'methods_table', 'scenes_study_table', 'network_steps', 'scenes_sheet']
 
 # %% ../../nbs/50_study/05_scenes.ipynb #4311e690
 import copy
@@ -299,15 +299,18 @@ def score_maps(study: ScenesStudy, name, runs, published=())->Step:
     step.oracle = [float(np.nanmax(class_sweep(MapStore(r/'maps'), study.dataset, ids))) for r in runs]
     return step
 
-def score_network(study: ScenesStudy, name, view, labels, read, published=(), end='', epochs=None, final=False, **extra)->Step:
-    "A segmentation network for each seed, scored on val; `labels` and `read` give the name and the reader of what it learns, for each seed. `final`: over scales, and after a dense CRF. `extra`: of `segment_stage`."
-    d, stores = _limited(study, 'val', set(study.val.ids)), []
-    for seed, label, reader in zip(study.s.seeds, labels, read):
-        s = replace(study.seeded(seed), **({'segment_epochs': epochs} if epochs else {}))
-        if final: s = replace(s, predict_scales=s.final_scales, predict_crf=s.final_crf)
-        net = segment_stage(study.root, view, s, reader, label, study.say, f'segment{end}', **extra)
-        stores.append(LabelStore(predict_stage(study.root, study.val, s, net, f'predict{end}', study.say)/'masks'))
+def score_nets(study: ScenesStudy, name, nets, published=(), end='', final=False)->Step:
+    "Trained segmentation networks, a `Run` for each seed, scored on val. `final`: over scales, and after a dense CRF."
+    s, d = study.s, _limited(study, 'val', set(study.val.ids))
+    if final: s = replace(s, predict_scales=s.final_scales, predict_crf=s.final_crf)
+    stores = [LabelStore(predict_stage(study.root, study.val, s, net, f'predict{end}', study.say)/'masks') for net in nets]
     return Step(name, 'val', [evaluate_predictions(m, d, 'val', name=name) for m in stores], published=published, masks=stores[0])
+
+def score_network(study: ScenesStudy, name, view, labels, read, published=(), end='', epochs=None, final=False, **extra)->Step:
+    "A segmentation network for each seed, scored on val; `labels` and `read` give the name and the reader of what it learns, for each seed. `final`: see `score_nets`. `extra`: of `segment_stage`."
+    settings = [replace(study.seeded(seed), **({'segment_epochs': epochs} if epochs else {})) for seed in study.s.seeds]
+    nets = [segment_stage(study.root, view, s, reader, label, study.say, f'segment{end}', **extra) for s, label, reader in zip(settings, labels, read)]
+    return score_nets(study, name, nets, published, end, final)
 
 def taught_by(study: ScenesStudy, name, runs, published=(), final=False)->Step:
     "Networks from the pseudo masks of some runs."
