@@ -16,7 +16,7 @@ from skimage.morphology import dilation, disk
 from wsss_nb.data.items import UNLABELLED, VOID, Dataset, InputError, Item, read_mask, write_mask
 from wsss_nb.data.pets import pets
 from wsss_nb.data.sample import sample, stream
-from wsss_nb.data.scribbles import dilate, hand_stroke, pieces, shorten, simulated_strokes, stroke_positions, with_labels, write_labels
+from wsss_nb.data.scribbles import dilate, hand_stroke, pieces, shorten, shrink_labels, simulated_strokes, stroke_positions, with_labels, write_labels
 from wsss_nb.data.voc import draw_scribbles, read_strokes, voc
 
 tidy = settings(deadline=None, max_examples=25)
@@ -302,3 +302,20 @@ def test_two_names_two_drawings(tmp_path):
     d = Dataset('own', ('x',), [Item(i, tmp_path/f'{i}.jpg', (1,), mask=tmp_path/'m.png') for i in 'ab'], {'train': ['a', 'b']})
     a, b = (read_strokes(write_labels(d, tmp_path/'p', 'points', 'masks', radius=0, workers=1)[i].points) for i in 'ab')
     assert not np.array_equal(a, b)
+
+
+@tidy
+@given(st.integers(0, 2**32 - 1), st.integers(4, 40), st.integers(4, 40), st.data())
+def test_shrunk_labels(seed, h, w, data):
+    "Against a loop over the cells; and every class that is drawn once alone in its cell is still there."
+    rng = np.random.default_rng(seed)
+    m = rng.choice([0, 1, 2, UNLABELLED, VOID], (h, w), p=[.02, .02, .02, .84, .1]).astype(np.uint8)
+    k, l = data.draw(st.integers(1, h)), data.draw(st.integers(1, w))
+    got = shrink_labels(m, (k, l))
+    rows, cols = ([np.flatnonzero(np.arange(n) * s // n == i) for i in range(s)] for n, s in ((h, k), (w, l)))
+    for i, r in enumerate(rows):
+        for j, c in enumerate(cols):
+            part = m[np.ix_(r, c)].ravel()
+            known = part[part < UNLABELLED]
+            want = np.bincount(known).argmax() if len(known) else VOID if (part == VOID).all() else UNLABELLED
+            assert got[i, j] == want

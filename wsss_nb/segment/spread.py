@@ -9,7 +9,7 @@ __all__ = ['Embedder', 'named', 'load_embedder', 'spread_view', 'allowed_classes
            'Memory', 'segment_memory', 'neighbour_scores', 'write_neighbour_labels', 'nearest_scores',
            'write_nearest_labels']
 
-# %% ../../nbs/30_segment/08_spread.ipynb #d5ff397f
+# %% ../../nbs/30_segment/08_spread.ipynb #ff012d93
 import copy, os
 from collections.abc import Callable
 from dataclasses import dataclass
@@ -20,8 +20,9 @@ from joblib import Parallel, delayed
 from torch.nn import functional as F
 from tqdm import tqdm
 
-# %% ../../nbs/30_segment/08_spread.ipynb #7ad973bb
+# %% ../../nbs/30_segment/08_spread.ipynb #5484fb98
 from ..data.items import UNLABELLED, VOID, InputError, resize_mask
+from ..data.scribbles import shrink_labels
 from ..data.store import LabelStore, MapStore
 from ..localize.training import keep_memory
 from ..refine.crf import CRFSettings, crf_present, segment_maps
@@ -30,7 +31,7 @@ from .clusters import majority_label, neighbour_shares, prototypes, retrieve, se
 from .predict import _read_all, squashed
 from .spml import load_spml
 
-# %% ../../nbs/30_segment/08_spread.ipynb #8765a185
+# %% ../../nbs/30_segment/08_spread.ipynb #83b3f124
 class Embedder:
     "A trained embedding and all that is needed to use it."
     def __init__(self,
@@ -66,7 +67,7 @@ def load_embedder(
     net, about = load_spml(folder)
     return Embedder(net, *(about[k] for k in ('classes', 'size', 'mean', 'std')))
 
-# %% ../../nbs/30_segment/08_spread.ipynb #471b98f8
+# %% ../../nbs/30_segment/08_spread.ipynb #e028fe82
 def _finish(item, image, arrays, make, store):
     "Make and save one label map; (id, problem) if that is not possible."
     try: store.save(item.id, make(item, image, *arrays))
@@ -92,7 +93,7 @@ def spread_view(
             bar.update(len(todo[i:i + bs]))
     return sorted(bad)
 
-# %% ../../nbs/30_segment/08_spread.ipynb #defbca3c
+# %% ../../nbs/30_segment/08_spread.ipynb #c375c94b
 def allowed_classes(
     item,           # `Item`
     segment_of,     # segment id of each tag id, sequence
@@ -108,7 +109,7 @@ def _only(values, allowed):
     ids = [0, *sorted(c for c in allowed if 0 < c < len(values))]
     return values[ids], np.array(ids, np.uint8)
 
-# %% ../../nbs/30_segment/08_spread.ipynb #89b8e254
+# %% ../../nbs/30_segment/08_spread.ipynb #a90d2700
 def _cam_finish(item, image, e, m, maps, segment_of, options):
     return cam_labels(image, segment_maps(maps.load(item.id), segment_of, image.shape[:2]), [torch.from_numpy(e), torch.from_numpy(m)], **options)
 
@@ -127,7 +128,7 @@ def write_walked_cams(
     make = partial(_cam_finish, maps=maps, segment_of=view.segment_of, options=options)
     return spread_view(view, store, partial(_both_embeddings, embedder=embedder), make, workers=workers, desc='walked maps')
 
-# %% ../../nbs/30_segment/08_spread.ipynb #db31b1b6
+# %% ../../nbs/30_segment/08_spread.ipynb #c6ef1f79
 def _softmax_finish(item, image, e, m, p, segment_of, read_label, options):
     p, ids = _only(p, allowed_classes(item, segment_of, read_label))
     return ids[walked_labels(image, peak_normalised(p), [torch.from_numpy(e), torch.from_numpy(m)], **options)]
@@ -151,7 +152,7 @@ def write_walked_softmax(
     make = partial(_softmax_finish, segment_of=view.segment_of, read_label=read_label, options=options)
     return spread_view(view, store, partial(_everything, embedder=embedder, scales=scales), make, workers=workers, desc='walked softmax')
 
-# %% ../../nbs/30_segment/08_spread.ipynb #3c948ba1
+# %% ../../nbs/30_segment/08_spread.ipynb #80431277
 @dataclass
 class Memory:
     "Segments of many photos."
@@ -186,7 +187,7 @@ def segment_memory(
     if not sum(len(p[1]) for p in parts): raise InputError(repr(view), 'has no labelled pixel', 'Check the function that reads the labels: 254 is unlabelled, 255 void.')
     return Memory(*(torch.cat(t).cpu() for t in zip(*parts)), n)
 
-# %% ../../nbs/30_segment/08_spread.ipynb #01deb044
+# %% ../../nbs/30_segment/08_spread.ipynb #09382602
 def _votes(e, memory, k, grid):
     "Shares of the classes among the neighbours of each place's segment, N×C×h×w."
     s, unit, _ = segment_pixels(e, None, None, grid)
@@ -208,7 +209,7 @@ def neighbour_scores(
         for e in embedder(images, s)[:2]: total = total + F.interpolate(_votes(e, memory, k, grid), (size, size), mode='bilinear')
     return total / (2 * len(scales))
 
-# %% ../../nbs/30_segment/08_spread.ipynb #f650a6ec
+# %% ../../nbs/30_segment/08_spread.ipynb #b5e89200
 def _neighbour_finish(item, image, scores, segment_of, read_label, settings, fit_size, floor, absent):
     allowed, (h, w) = allowed_classes(item, segment_of, read_label), image.shape[:2]
     scores, ids = (scores, np.arange(len(scores), dtype=np.uint8)) if absent == 'keep' else _only(scores, allowed)
@@ -237,7 +238,7 @@ def write_neighbour_labels(
     make = partial(_neighbour_finish, segment_of=view.segment_of, read_label=read_label, settings=settings, fit_size=fit_size, floor=floor, absent=absent)
     return spread_view(view, store, partial(_ask, embedder=embedder, memory=memory, **options), make, workers=workers, desc='neighbours')
 
-# %% ../../nbs/30_segment/08_spread.ipynb #cdb27c95
+# %% ../../nbs/30_segment/08_spread.ipynb #a35fffac
 @torch.inference_mode()
 def nearest_scores(
     e: torch.Tensor,    # embeddings N×D×h×w
@@ -255,11 +256,15 @@ def nearest_scores(
     whole = (s.image * (int(s.cluster.max()) + 1) + s.cluster).unique(return_inverse=True)[1]
     return s.paint(segment_means(share[s.id], whole[s.id])[whole], 0).movedim(3, 1)
 
-# %% ../../nbs/30_segment/08_spread.ipynb #85a5b7d9
+# %% ../../nbs/30_segment/08_spread.ipynb #f7f47ce1
+def _coarse(label, size):
+    "A weak label map on the grid of the embedding; clicks stay."
+    return shrink_labels(label, size) if label.shape[0] >= size[0] and label.shape[1] >= size[1] else resize_mask(label, size)
+
 def _nearest(items, images, embedder, read_label, grid):
     "Embeddings both ways, and the scores."
     e, m, _ = embedder(images)
-    label = torch.from_numpy(np.stack([resize_mask(np.asarray(read_label(o)), e.shape[2:]) for o in items])).long().to(e.device)
+    label = torch.from_numpy(np.stack([_coarse(np.asarray(read_label(o)), e.shape[2:]) for o in items])).long().to(e.device)
     scores = (nearest_scores(e, label, len(embedder.classes), grid) + nearest_scores(m, label, len(embedder.classes), grid)) / 2
     return list(zip(*(t.float().cpu().numpy() for t in (e, m, scores))))
 

@@ -9,6 +9,7 @@ __all__ = ['TABLES', 'parser', 'main']
 
 # %% ../../nbs/50_study/09_cli.ipynb #6ac10c51
 import argparse, sys
+from functools import partial
 from pathlib import Path
 from ..data.items import InputError
 
@@ -29,7 +30,7 @@ def _methods(a):
     scenes_study_table([m.strip() for m in a.methods.split(',') if m.strip()], a.voc, a.output, s, workers=a.workers)
 
 # %% ../../nbs/50_study/09_cli.ipynb #ae158ebf
-TABLES = ('pets-1', 'pets-2', 'pets-3', 'silop', 'sccam', *(f'bana-{n}' for n in range(1, 7)))
+TABLES = ('pets-1', 'pets-2', 'pets-3', 'silop', 'sccam', *(f'bana-{n}' for n in range(1, 7)), 'spml-voc')
 
 def _folders(pairs, known)->dict:
     "`NAME=PATH` options as a dictionary; `InputError` for another name."
@@ -40,7 +41,7 @@ def _folders(pairs, known)->dict:
 
 def _table(a):
     "A table of the study."
-    if not a.which.startswith('pets'): return (_boxes if a.which.startswith('bana') else _scenes)(a)
+    if not a.which.startswith('pets'): return {'bana': _boxes, 'spml': _labels}.get(a.which.split('-')[0], _scenes)(a)
     if a.profile == 'paper': raise InputError('paper', 'is no profile of the pets tables', 'Choose smoke, sample or full.')
     folders = _folders(a.data, ('pets', 'background'))
     from wsss_nb.study.pets import pets_settings, pets_study_table
@@ -56,6 +57,15 @@ def _scenes(a):
     s = paper_settings(a.which, **seeds) if a.profile == 'paper' else scenes_settings(a.profile or ('full' if path else None), **seeds)
     scenes_study_table(a.which, path, a.output, s, workers=a.workers)
 
+def _labels(a):
+    "A table of the study of labels."
+    from wsss_nb.study.spml import spml_settings, spml_study_table
+    path, seeds = _folders(a.data, ('voc',)).get('voc'), a.seeds or ([] if a.seed is None else [a.seed])
+    if a.profile == 'paper' and not path: raise InputError('paper', 'is a profile for VOC 2012', 'Give its folder: --data voc=FOLDER.')
+    own = {'seeds': tuple(seeds)} if seeds else {}
+    s = spml_settings(a.profile or ('full' if path else None), **own, strokes='simulated' if a.simulated else 'files')
+    spml_study_table(a.which, path, a.output, s, workers=a.workers)
+
 def _boxes(a):
     "A table of the study of boxes."
     from wsss_nb.study.boxes import boxes_settings, boxes_study_table
@@ -66,15 +76,20 @@ def _boxes(a):
 
 # %% ../../nbs/50_study/09_cli.ipynb #750573f3
 def _segment(a):
-    "Your own folder: tags or boxes in, model out."
+    "Your own folder: tags, boxes, scribbles or points in, model out."
     from wsss_nb.data.boxes import drop_bad_boxes
     from wsss_nb.data.folder import folder
     from wsss_nb.study.boxes import segment_boxes
     from wsss_nb.study.photos import segment_photos
-    ds = folder(a.photos, labels=a.labels, boxes=a.boxes, masks=a.masks, test_fraction=a.test_fraction, skip_bad=True, decode=True)
+    from wsss_nb.study.spml import segment_strokes
+    given = [k for k in ('boxes', 'scribbles', 'points') if getattr(a, k)]
+    if len(given) > 1: raise InputError(f'--{given[1]}', f'does not go with --{given[0]}', 'Choose one kind of label.')
+    classes = [c.strip() for c in a.classes.split(',') if c.strip()] if a.classes else None
+    ds = folder(a.photos, labels=a.labels, boxes=a.boxes, points=a.points, scribbles=a.scribbles, masks=a.masks, classes=classes, test_fraction=a.test_fraction, skip_bad=True, decode=True)
     if a.boxes: ds = drop_bad_boxes(ds)
     for note in ds.report['notes']: print(f'note: {note}')
-    (segment_boxes if a.boxes else segment_photos)(ds, a.output, seed=a.seed, epochs=a.epochs, size=a.size, workers=a.workers)
+    job = {'boxes': segment_boxes, 'scribbles': partial(segment_strokes, kind='scribbles'), 'points': partial(segment_strokes, kind='points')}.get(*given or ['tags'], segment_photos)
+    job(ds, a.output, seed=a.seed, epochs=a.epochs, size=a.size, workers=a.workers)
     return _skipped(ds.report['skipped'].values())
 
 # %% ../../nbs/50_study/09_cli.ipynb #30abd599
@@ -152,12 +167,13 @@ def parser()->argparse.ArgumentParser:
              ('--voc', dict(metavar='PATH', default=None, help='with --methods: a folder with VOC 2012 instead of the rendered scenes')),
              ('-o --output', dict(metavar='RUNS', default='runs', help='folder of the runs')))
     _command(sub, 'table', _table, 'A table of the study: our figures beside the published ones.', ('which', dict(choices=TABLES, help='which table')),
-             ('--profile', dict(choices=('smoke', 'sample', 'full', 'paper'), default=None, help='how much to do; paper: the published settings, for silop, sccam and bana on VOC 2012; default: $WSSS_PROFILE or sample')),
+             ('--profile', dict(choices=('smoke', 'sample', 'full', 'paper'), default=None, help='how much to do; paper: the published settings, for silop, sccam, bana and spml on VOC 2012; default: $WSSS_PROFILE or sample')),
              ('--data', dict(metavar='NAME=PATH', action='append', default=[], help='pets=FOLDER with Oxford-IIIT Pet or voc=FOLDER with VOC 2012 instead of the rendered sample (profile full), background=FOLDER of photos without pets, coco=FOLDER with COCO for bana-5')),
              ('--seeds', dict(type=int, nargs='+', default=None, help='seeds of the segmentation networks of the pets tables, of everything in the others; default: those of the profile')),
+             ('--simulated', dict(action='store_true', help='spml-voc: draw the scribbles and points on the true masks of the training photos')),
              ('-o --output', dict(metavar='RUNS', default='runs', help='folder of the runs')),
              seed=('--seed', dict(type=int, default=None, help='one seed in place of several; of the classifiers of the pets tables, 0 by default')))
-    _command(sub, 'segment', _segment, 'Train a segmentation model on your own photos, from tags or boxes.', photos, *_segment_options())
+    _command(sub, 'segment', _segment, 'Train a segmentation model on your own photos, from tags, boxes, scribbles or points.', photos, *_segment_options())
     _command(sub, 'predict', _predict, 'Masks and overlays of new photos.', ('model', dict(metavar='MODEL', help='folder written by wsss segment')), photos,
              ('-o --output', dict(metavar='MASKS', default='masks', help='where the masks go')), ('--no-overlays', dict(action='store_true', help='masks only')))
     _command(sub, 'data', _data, 'Render the sample, or fetch Oxford-IIIT Pet, PASCAL VOC 2012 or COCO 2017.', ('which', dict(choices=('sample', 'pets', 'voc', 'coco'))), ('path', dict(metavar='PATH', help='where to put it')), profile,
@@ -171,6 +187,9 @@ def _segment_options()->list:
     "The options of `wsss segment` beyond the photos."
     return [('-l --labels', dict(metavar='CSV', default=None, help='columns image,tags (several tags: separated by ; or space); without it, one sub-folder of PHOTOS per class')),
             ('--boxes', dict(metavar='PATH', default=None, help='learn from boxes instead: a folder of VOC XML named like the photos, or a COCO JSON')),
+            ('--scribbles', dict(metavar='FOLDER', default=None, help='learn from scribbles instead: PNG named like the photos, the number of the class on its strokes, 0 on those of the background, 255 elsewhere')),
+            ('--points', dict(metavar='FOLDER', default=None, help='learn from clicks instead: the same, one pixel for each click')),
+            ('--classes', dict(metavar='NAME,NAME', default=None, help='names of the classes 1, 2, …, for scribbles and points')),
             ('-o --output', dict(metavar='MODEL', default='model', help='where the model goes')),
             ('--masks', dict(metavar='FOLDER', default=None, help='true masks of some photos, to report a score; never trained on')),
             ('--test-fraction', dict(type=float, default=0., help='part of the photos held out for that score')),

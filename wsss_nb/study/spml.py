@@ -9,9 +9,10 @@ __all__ = ['KINDS', 'SPML_PROFILES', 'SPML_PAPER', 'WEAK', 'NAME_TRAINING', 'SPM
            'spml_settings', 'Weak', 'cam_maps', 'tag_weak', 'box_weak', 'read_strokes_of', 'stroke_weak', 'mask_weak',
            'contours_stage', 'read_region', 'preset_of', 'embedding_stage', 'Taught', 'walked_stage',
            'neighbours_stage', 'name_settings', 'names_stage', 'LabelsStudy', 'teach', 'told', 'score_weak',
-           'score_taught', 'spml_voc', 'spml_study_table', 'labels_sheet']
+           'score_taught', 'spml_voc', 'spml_study_table', 'labels_sheet', 'OwnPhotos', 'stroke_photo_settings',
+           'segment_strokes']
 
-# %% ../../nbs/50_study/08_spml.ipynb #ba6a7f1c
+# %% ../../nbs/50_study/08_spml.ipynb #1190aede
 import copy
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -32,11 +33,12 @@ from ..segment.spml import PAPER, STUDY, save_spml, train_spml
 from ..segment.spread import load_embedder, named, segment_memory, write_neighbour_labels, write_walked_cams, write_walked_softmax
 from .boxes import Made, boxed, known_only
 from .main import _complain, _part, cam_stage, classifier_stage, profile_settings, read_stored, segment_stage
+from .photos import keep_model, photo_settings
 from .runs import Run, data_hash, run_stage
 from .scenes import ScenesSettings, ScenesStudy, Step, over_seeds, scenes_data, scenes_sheet, score_nets, score_pseudo, study_table
 from .tables import Published, Table
 
-# %% ../../nbs/50_study/08_spml.ipynb #1cf1fac2
+# %% ../../nbs/50_study/08_spml.ipynb #7202705a
 KINDS = 'tags', 'boxes', 'points', 'scribbles', 'masks'
 
 @dataclass(frozen=True)
@@ -67,7 +69,7 @@ SPML_PROFILES = {
     'full': SPMLSettings('full', size=320, classifier_epochs=15, spml=dict(size=320), steps=6000, segment_size=320, name_epochs=10),
 }
 
-# %% ../../nbs/50_study/08_spml.ipynb #27a8e124
+# %% ../../nbs/50_study/08_spml.ipynb #538691af
 SPML_PAPER = SPMLSettings('paper', presets='paper', steps=30_000, segment_size=512, name_train='paper', name_epochs=6, name_lr=3e-3, segment_bs=16)     # twke18/SPML @f09e4c3, bashscripts
 
 def spml_settings(
@@ -77,7 +79,7 @@ def spml_settings(
     "The settings of a profile."
     return profile_settings(profile, SPML_PROFILES | {'paper': SPML_PAPER}, **changes)
 
-# %% ../../nbs/50_study/08_spml.ipynb #4310a467
+# %% ../../nbs/50_study/08_spml.ipynb #80134890
 @dataclass
 class Weak:
     "Photos with weak labels of one kind."
@@ -110,7 +112,7 @@ def box_weak(study, s: SPMLSettings)->Weak:
     run = run_stage(study.root, 'box_labels', _part(s, 'box_least') | {'maps': maps.hash, 'boxes': data_hash(view)}, work, study.say)
     return Weak(view, partial(read_stored, store=LabelStore(run/'masks')), run.hash)
 
-# %% ../../nbs/50_study/08_spml.ipynb #e59c643f
+# %% ../../nbs/50_study/08_spml.ipynb #7e2d5850
 def read_strokes_of(item, kind):    # uint8 H×W
     "The scribbles or points of an item."
     return read_mask(getattr(item, kind))
@@ -136,7 +138,7 @@ def mask_weak(study, s: SPMLSettings)->Weak:
 
 WEAK = {'tags': tag_weak, 'boxes': box_weak, 'points': partial(stroke_weak, kind='points'), 'scribbles': partial(stroke_weak, kind='scribbles'), 'masks': mask_weak}
 
-# %% ../../nbs/50_study/08_spml.ipynb #f1a6cee1
+# %% ../../nbs/50_study/08_spml.ipynb #e9f6b4b0
 def contours_stage(root, view, s: SPMLSettings, say, workers=None)->Run:
     "Contour regions of all photos; a `Run` with a `RegionStore` in `regions`."
     def work(run):
@@ -165,7 +167,7 @@ def embedding_stage(study, weak: Weak, kind, s: SPMLSettings)->Run:
         return {'images': learn.n_epoch * len(weak.view), 'epochs': learn.n_epoch, 'train_images': len(weak.view)}
     return run_stage(study.root, 'spml', config, work, study.say)
 
-# %% ../../nbs/50_study/08_spml.ipynb #a694fbb1
+# %% ../../nbs/50_study/08_spml.ipynb #08153cda
 @dataclass
 class Taught:
     "What one kind of label has led to, with one seed."
@@ -186,7 +188,7 @@ def walked_stage(study, t: Taught, s: SPMLSettings)->Run:
         return {'images': len(view)}
     return run_stage(study.root, 'walked', _part(s, 'walk_cell') | {'embedding': t.embedding.hash, 'images': view.ids}, work, study.say)
 
-# %% ../../nbs/50_study/08_spml.ipynb #0c125a0a
+# %% ../../nbs/50_study/08_spml.ipynb #5915651b
 def neighbours_stage(study, t: Taught, s: SPMLSettings, names: Run|None = None)->Run:
     "Pseudo masks of tagged photos by their neighbours; a `Run` with `LabelStore`s in `first` and `masks`. `names`: the classifier of the round before."
     view = t.weak.view
@@ -201,7 +203,7 @@ def neighbours_stage(study, t: Taught, s: SPMLSettings, names: Run|None = None)-
     config = _part(s, 'walk_cell', 'tag_alpha', 'second_scales') | {'embedding': t.embedding.hash, 'images': view.ids, 'labels': t.weak.hash, 'names': names and names.hash}
     return run_stage(study.root, 'neighbours', config, work, study.say)
 
-# %% ../../nbs/50_study/08_spml.ipynb #452333e8
+# %% ../../nbs/50_study/08_spml.ipynb #66514f48
 NAME_TRAINING = {'study': {}, 'paper': {'train': train_frozen}}
 
 def name_settings(s: SPMLSettings)->SPMLSettings:
@@ -212,7 +214,7 @@ def names_stage(study, t: Taught, s: SPMLSettings)->Run:
     "Train the classifier on what a kind of label has led to; a `Run` with a model in `model`."
     return segment_stage(study.root, t.weak.view, name_settings(s), t.read, t.name, study.say, 'names', learner=partial(frozen_learner, embedding=t.embedding.folder), **NAME_TRAINING[s.name_train])
 
-# %% ../../nbs/50_study/08_spml.ipynb #e7406741
+# %% ../../nbs/50_study/08_spml.ipynb #495b5980
 class LabelsStudy(ScenesStudy):
     "Photos with labels of several kinds, settings and a folder of runs."
     def __init__(self,
@@ -236,7 +238,7 @@ def teach(study: LabelsStudy, kind, seed)->Taught:
     for _ in range(1, s.tag_rounds if kind == 'tags' else 1): t = replace(t, masks=neighbours_stage(study, t, s, names_stage(study, t, s)))
     return t
 
-# %% ../../nbs/50_study/08_spml.ipynb #65eba17c
+# %% ../../nbs/50_study/08_spml.ipynb #b47fab0c
 def told(ids, read, dataset)->Made:
     "Weak labels with 255 where they say nothing."
     return Made(ids, lambda id: np.where((m := np.asarray(read(dataset[id]))) == UNLABELLED, VOID, m).astype(np.uint8))
@@ -261,7 +263,7 @@ def score_taught(study: LabelsStudy, kind)->dict:   # name → `Step`
     other.s = name_settings(study.s)
     return steps | {'network': score_nets(other, f'{kind}: network', nets, end='_names'), 'scales and CRF': score_nets(other, f'{kind}: scales and CRF', nets, end='_names', final=True)}
 
-# %% ../../nbs/50_study/08_spml.ipynb #03a6529b
+# %% ../../nbs/50_study/08_spml.ipynb #15e6a541
 _README = 'twke18/SPML @f09e4c3, README: ResNet-101, VOC 2012, with CRF; val'
 _TEST = 'twke18/SPML @f09e4c3, README: ResNet-101, VOC 2012, with CRF; test'
 SPML_PUBLISHED = {'tags': (.695, .716), 'boxes': (.735, .747), 'points': (.732, .74), 'scribbles': (.761, .764)}
@@ -281,7 +283,7 @@ def _kind_row(kind, steps):
            'network': means['network']['mIoU'], 'scales and CRF': means['scales and CRF']['mIoU'], 'spread': means['scales and CRF']['spread']}
     return row | {h: Published(v, source) for h, v, source in zip(('published val', 'published test'), SPML_PUBLISHED.get(kind, ()), (_README, _TEST))}
 
-# %% ../../nbs/50_study/08_spml.ipynb #1eb2996a
+# %% ../../nbs/50_study/08_spml.ipynb #1c4ca253
 SPML_TABLES = {'spml-voc': spml_voc}
 
 def spml_study_table(
@@ -306,3 +308,49 @@ def spml_study_table(
 def labels_sheet(study: LabelsStudy, steps, path=None, n: int = 6, width: int = 104):   # `Figure`
     "Photos of val at even ranks of the scores, and what the networks of each kind of label make of them."
     return scenes_sheet(study, [t for t in steps if t.name.endswith(': network')], path, n, width)
+
+# %% ../../nbs/50_study/08_spml.ipynb #33766f54
+@dataclass
+class OwnPhotos:
+    "What the stages need to know of somebody's photos."
+    dataset: Dataset
+    root: Path
+    s: SPMLSettings
+    say: object
+    workers: int|None
+    train: object       # `View`: photos with drawings
+    regions: Run|None = None
+
+def stroke_photo_settings(
+    n: int,                 # number of photos
+    size: int = 160,        # training size, pixels
+    epochs: int|None = None,    # of the last classifier; by the number of photos if not given
+    seed: int = 0,          # with the settings, determines the result
+)->SPMLSettings:
+    "Settings for a folder of photos with drawings: the sample's, with as many epochs as `photo_settings` gives."
+    p = photo_settings(n, size, epochs, seed)
+    bs = min(8, p.segment_bs)
+    return replace(spml_settings('sample'), profile='photos', seed=seed, seeds=(seed,), segment_size=size, segment_bs=p.segment_bs, name_epochs=p.segment_epochs, spml=dict(bs=bs), steps=max(1, n // bs) * p.segment_epochs)
+
+# %% ../../nbs/50_study/08_spml.ipynb #b1a91498
+def segment_strokes(
+    dataset,            # `Dataset` from `folder` with scribbles or points
+    output,             # folder of the model; runs are kept in its sub-folder `runs`
+    kind: str = 'scribbles',    # or 'points'
+    seed: int = 0,      # with the settings, determines the result
+    epochs: int|None = None,    # of the last classifier; by the number of photos if not given
+    size: int = 160,    # training size, pixels
+    workers: int|None = None,   # processes; all cores by default
+    say=print,          # told what happens
+)->Path:                # the folder of the model
+    "Train a segmentation model on photos with drawings and write it with a picture sheet of what it learned from."
+    view, output = dataset.view(kind, 'train').keep(lambda o: getattr(o, kind) is not None), Path(output)
+    if len(view) < 4: raise InputError(dataset.name, f'{len(view)} photos with usable {kind}', 'Give at least four, better fifty or more.')
+    s = stroke_photo_settings(len(view), size, epochs, seed)
+    say(f'{len(view)} photos with {kind}, classes: {", ".join(view.classes)}')
+    own = OwnPhotos(dataset, output/'runs', s, say, workers, view)
+    weak = stroke_weak(own, s, kind)
+    own.regions = contours_stage(own.root, weak.view, s, say, workers)
+    t = Taught(kind, weak, embedding_stage(own, weak, kind, s))
+    t = replace(t, masks=walked_stage(own, t, s))
+    return keep_model(dataset, weak.view, name_settings(s), names_stage(own, t, s), {kind: lambda o: told([], weak.read, {o.id: o}).load(o.id), 'pseudo mask': t.read}, output, say)
