@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 
 # %% ../../nbs/00_data/09_scribbles.ipynb #570f7d25
-import numpy as np
+import numpy as np, torch
 from scipy.ndimage import distance_transform_edt, find_objects
 from skimage.graph import MCP_Geometric
 from skimage.measure import label as components
@@ -40,20 +40,21 @@ def dilate(
     return np.where((far <= radius) & (labels == UNLABELLED), labels[y, x], labels)
 
 # %% ../../nbs/00_data/09_scribbles.ipynb #a13dacb3
-def _cells(n, size): return np.arange(n) * size // n      # the cell of each of n pixels
+def _cells(n, size): return torch.arange(n) * size // n      # the cell of each of n pixels
 
 def shrink_labels(
-    labels: np.ndarray, # uint8 H×W, 254 unlabelled, 255 void
+    labels,             # whole numbers …×H×W, array or tensor: classes, 254 unlabelled, 255 void
     size,               # (h, w) of the result, not larger
-)->np.ndarray:          # uint8 h×w
+):                      # …×h×w, of the same kind
     "Labels on a coarse grid: of each cell the most frequent class, if any pixel has one; else unlabelled, or void if all are."
-    (h, w), n = size, labels.shape
-    if h > n[0] or w > n[1]: raise ValueError(f'labels of {n[1]}×{n[0]} cannot be shrunk to {w}×{h}')
-    cell = _cells(n[0], h)[:, None] * w + _cells(n[1], w)
-    votes = np.bincount((cell * 256 + labels.astype(np.int64)).ravel(), minlength=h * w * 256).reshape(h, w, 256)
-    void = votes[..., VOID] == votes.sum(2)
-    votes = votes[..., :UNLABELLED]
-    return np.where(votes.any(2), votes.argmax(2), np.where(void, VOID, UNLABELLED)).astype(np.uint8)
+    t, (h, w) = torch.as_tensor(labels), size
+    (*lead, y, x), n = t.shape, t.shape[:-2].numel()
+    if h > y or w > x: raise ValueError(f'labels of {x}×{y} cannot be shrunk to {w}×{h}')
+    cell = (_cells(y, h)[:, None] * w + _cells(x, w)).to(t.device) + torch.arange(n, device=t.device).view(n, 1, 1) * (h * w)
+    votes = torch.bincount((cell * 256 + t.reshape(n, y, x).long()).flatten(), minlength=n * h * w * 256).view(*lead, h, w, 256)
+    void, votes = votes[..., VOID] == votes.sum(-1), votes[..., :UNLABELLED]
+    out = torch.where(votes.any(-1), votes.argmax(-1), torch.where(void, VOID, UNLABELLED)).to(t.dtype)
+    return out if isinstance(labels, torch.Tensor) else out.numpy()
 
 # %% ../../nbs/00_data/09_scribbles.ipynb #4a9bc5be
 def stroke_positions(

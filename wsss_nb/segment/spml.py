@@ -11,6 +11,7 @@ __all__ = ['PAPER', 'STUDY', 'SPML', 'study', 'SPMLNet', 'gather_rows', 'Prototy
 
 # %% ../../nbs/30_segment/07_spml.ipynb #5e9b0003
 from dataclasses import asdict, dataclass, replace
+from functools import partial
 import numpy as np, torch, torch.distributed as dist
 from fastai.callback.core import Callback
 from fastai.callback.schedule import ParamScheduler
@@ -25,9 +26,10 @@ from torch import nn
 from torch.nn import functional as F
 
 # %% ../../nbs/30_segment/07_spml.ipynb #5e9b0004
-from ..data.blocks import Augment, Resized, _augment, _items, _resize_labels, image_block
+from ..data.blocks import Augment, Resized, _augment, _items, image_block, resize
 from ..data.items import UNLABELLED, VOID, InputError
 from ..data.pets import image_size
+from ..data.scribbles import shrink_labels
 from ..localize.backbones import DEFAULT_BACKBONE, stats
 from ..localize.bap import rate_groups
 from ..localize.ccam import gathered
@@ -59,6 +61,7 @@ class SPML:
     grid: int = 6               # clusters per side to start from
     rounds: int = 10            # of k-means
     memory: int = 2             # batches whose prototypes are kept
+    shrink: str = 'middle'      # label of a coarse place: of its 'middle' pixel, or of those that are 'labelled'
     backbone: str = 'resnet101' # timm name
     size: int = 512             # side of the training square, pixels
     bs: int = 16                # images in a batch
@@ -82,7 +85,7 @@ def study(
     **changes,      # fields of `SPML`
 )->SPML:
     "The same losses with the common backbone, small images and few steps."
-    small = dict(backbone=DEFAULT_BACKBONE, size=160, bs=8, iterations=600, lr=1e-3, dropout=.5, bn_momentum=None, scale=(.7, 1.), rates=(2, 4, 6, 8))
+    small = dict(shrink='labelled', backbone=DEFAULT_BACKBONE, size=160, bs=8, iterations=600, lr=1e-3, dropout=.5, bn_momentum=None, scale=(.7, 1.), rates=(2, 4, 6, 8))
     return replace(preset, **{**small, **changes})
 
 STUDY = {k: study(v) for k, v in PAPER.items()}
@@ -190,6 +193,7 @@ def forward(self: SPMLLoss,
 )->torch.Tensor:
     (e, logits, local), (maps, tags) = (t.as_subclass(torch.Tensor).float() for t in pred), (t.as_subclass(torch.Tensor) for t in (maps, tags))
     label, region = F.interpolate(maps.float(), e.shape[2:], mode='nearest').long().unbind(1)
+    if self.preset.shrink == 'labelled': label = shrink_labels(maps[:, 0], e.shape[2:])
     segments, unit, joint = segment_pixels(e, label, region, self.preset.grid, iterations=self.preset.rounds, local=local, empty=self.empty)
     out = self.relations(segments, unit, joint, tags > 0)
     if self.preset.ce: out['ce'] = cross_entropy(F.interpolate(logits, maps.shape[2:], mode='bilinear'), maps[:, 0])
@@ -216,6 +220,12 @@ def _read_maps(read_label, read_region, n):
         return np.stack([label, region]).astype(np.int16)
     return read
 
+def _squash_maps(a, size, shrink):
+    "A label map and a region map, squashed."
+    label, region = a
+    small = shrink == 'labelled' and min(label.shape) >= size
+    return np.stack([shrink_labels(label, (size, size)) if small else resize(label, size), resize(region, size)])
+
 def _tags_of(view, read_label):
     "Function(item) → float S, 1 for each class of the masks that the photo has."
     n = len(view.segment_classes)
@@ -237,11 +247,12 @@ def spml_dls(
     augment=True,       # True, False or an `Augment`
     valid=None,         # another View, a fraction of this one, or None
     cache_gb: float = 1.,   # memory for squashed images, GB; two thirds more for maps
+    shrink: str = 'labelled',   # see `SPML`
 )->DataLoaders:         # x float N×3×H×W; maps int64 N×2×H×W; tags float N×S; numbers int64 N
     "Batches of photographs with two maps and tags."
     items, held = _items(view, valid)
     number = {o.id: i for i, o in enumerate(items)}
-    read = Resized(_read_maps(read_label, read_region, len(view.segment_classes)), size, cache_gb * 2 / 3, _resize_labels)
+    read = Resized(_read_maps(read_label, read_region, len(view.segment_classes)), size, cache_gb * 2 / 3, partial(_squash_maps, shrink=shrink))
     maps = TransformBlock(type_tfms=lambda o: TensorMask(torch.from_numpy(read(o).copy())), batch_tfms=IntToFloatTensor)
     blocks = image_block(size, cache_gb), maps, TransformBlock(type_tfms=_tags_of(view, read_label)), TransformBlock(type_tfms=lambda o: torch.tensor(number[o.id]))
     block = DataBlock(blocks, n_inp=1, splitter=IndexSplitter(held), item_tfms=_augment(augment), batch_tfms=Normalize.from_stats(*stats))
@@ -346,7 +357,7 @@ def spml_learner(
     seed_everything(seed)
     norm, n = stats(p.backbone), len(view.segment_classes) + 1
     if augment is None: augment = Augment(p.scale, brightness=0., contrast=0.)
-    dls = spml_dls(view, read_label, read_region, p.size, p.bs, norm, augment, valid)
+    dls = spml_dls(view, read_label, read_region, p.size, p.bs, norm, augment, valid, shrink=p.shrink)
     net = SPMLNet(n, p.backbone, p.dim, p.head, p.dropout, p.bn_momentum, p.rates, pretrained, colour=p.colour)
     learn = Learner(dls, net, loss_func=SPMLLoss(n, p), opt_func=caffe_sgd, splitter=lambda net: [g for g, _, _ in decay_groups(net)],
                     wd_bn_bias=True, cbs=[MemoryBank(), Watch(), *(cbs or [])])

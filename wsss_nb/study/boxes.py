@@ -69,7 +69,7 @@ class BoxesSettings(Settings):
 # %% ../../nbs/50_study/07_boxes.ipynb #0b86581f
 BOXES_PROFILES = {
     'smoke': BoxesSettings('smoke', size=64, mask_stride=16, segment_size=64, segment_epochs=1, segment_bs=4, arch='deeplabv3plus-cosine', second_backbone='tf_efficientnet_lite0', second_bs=4, box_epochs=1, box_bs=4, box_head_epochs=1, seeds=(0, 1)),
-    'sample': BoxesSettings(size=160, box_epochs=2, arch='deeplabv3plus-cosine', segment_epochs=6, predict_scales=(1., .5, .75, 1.5)),
+    'sample': BoxesSettings(size=160, box_epochs=2, arch='deeplabv3plus-cosine', segment_epochs=6, second_epochs=4, predict_scales=(1., .5, .75, 1.5)),
     'full': BoxesSettings('full', size=320, arch='deeplabv3plus-cosine', segment_size=320, segment_epochs=20, predict_scales=(1., .5, .75, 1.5)),
 }
 
