@@ -98,7 +98,7 @@ def read_results(
 # %% ../../nbs/40_evaluate/02_instances.ipynb #a89c2743
 def _ranked(results):
     "Results in an order that does not depend on how they came."
-    areas = rle.area([r['segmentation'] for r in results]) if results else []
+    areas = [rle.area(r['segmentation']) for r in results]       # one by one: pycocotools cannot take 256 at once with NumPy 2
     order = sorted(zip(results, areas), key=lambda ra: (-ra[0]['score'], ra[0]['image_id'], ra[0]['category_id'], -int(ra[1]), ra[0]['segmentation']['counts']))
     return [r | {'id': n, 'area': int(a), 'bbox': rle.toBbox(r['segmentation']).tolist(), 'iscrowd': 0} for n, (r, a) in enumerate(order, 1)]     # ids from 1: 0 means unmatched
 

@@ -191,12 +191,14 @@ def stage2_unary(
     threshold: float = .99,     # see `background_attention`
     overlap: str = 'max',       # see `box_maps`
     norm: torch.Tensor|None = None,     # see `correlations`
+    map_weight: float = 1.,     # of the class maps in their boxes, 0–1; the rest is the box itself (BANA: 1)
 )->tuple:                       # u0 float H×W; unary float (1+C)×H×W, C classes of the boxes in ascending order
     "Attention of the background and what the CRF is to be given."
     keys, size = np.unique(np.asarray(boxes)[:, 0]).tolist(), background.shape
     u0 = background_attention(features, background, threshold, norm) if use_u0 else torch.zeros(size)
     raw = torch.where(weight[keys].any(1)[:, None, None], enlarge(_products(features, weight[keys]), size).relu_(), 1 - u0)
     maps = box_maps(raw, boxes, keys, overlap)
+    if map_weight != 1: maps = map_weight * maps + (1 - map_weight) * box_masks(boxes, keys, size)
     first = torch.where(background, 1, u0) if use_u0 else _outside_map(features, weight, box_masks(boxes, keys, size).any(0))
     return u0, box_unary(first, maps, background)
 
@@ -245,16 +247,18 @@ def retrieve(
     settings: CRFSettings = BANA_CRF,   # of the CRF, for images of 500 px
     fit_size: bool = True,      # adapt the widths to the image's size; False: pixels as they stand (BANA)
     background=None,            # bool H×W; None: outside all boxes
+    map_weight: float = 1.,     # see `stage2_unary`
 )->Retrieval:
     "Y_crf and Y_ret of one image from boxes (stage 2 of BANA, Oh et al. 2021)."
     check_features(features, weight); check_guide(image)
+    if not 0 <= map_weight <= 1: raise ValueError(f'map_weight is {map_weight}; it is a share, 0 to 1')
     size, features, weight = image.shape[:2], features.float(), weight.float()
     pixels = box_pixels(boxes, size, len(weight) - 1)
     keys = np.unique(pixels[:, 0])
     inside = box_masks(pixels, keys, size)
     background = ~inside.any(0) if background is None else torch.as_tensor(np.asarray(background, bool))
     norm = interpolated_norm(features, size)
-    u0, unary = stage2_unary(features, weight, pixels, background, use_u0, threshold, overlap, norm)
+    u0, unary = stage2_unary(features, weight, pixels, background, use_u0, threshold, overlap, norm, map_weight)
     posterior = _refined(image, unary.numpy(), inside.numpy(), settings, fit_size) if len(keys) else np.ones((1, *size), np.float32)
     labels, names = posterior.argmax(0), np.array([0, *keys], np.uint8)
     corr = retrieved(features, weight[names.tolist()], torch.from_numpy(labels), background, inside, norm).numpy()
@@ -305,7 +309,7 @@ def write_box_masks(
     bs: int = 16,           # images per step
     mean_std=stats(),       # of the backbone
     workers: int|None = None,   # processes; None: all cores
-    **options,              # of `retrieve`: use_u0, threshold, overlap, settings, fit_size
+    **options,              # of `retrieve`: use_u0, threshold, overlap, settings, fit_size, map_weight
 )->list:                    # (id, problem) of the items that failed
     "Both masks of a whole view, in segment ids; resumes where it stopped."
     weight, names = _check_net(net, view), np.array(view.segment_of, np.uint8)

@@ -50,6 +50,7 @@ class BoxesSettings(Settings):
     grid: int = 4               # cells of the background along each side, in the training
     roi: int = 2                # bins of a box along each side
     mask_stride: int = 8        # image pixels per map pixel when the label maps are made; `output_stride` is that of the training
+    map_weight: float = 1.      # of a class map in its box when label maps are made; the rest is the box itself
     u0_threshold: float = .99   # share of the greatest attention below which u0 is none
     box_crf: CRFSettings = BANA_CRF     # of the label maps, widths for a photo of 500 pixels
     segment_train: str = 'study'    # of the networks, or 'paper'
@@ -119,12 +120,12 @@ def box_network(s: BoxesSettings, classifier: Run):     # `BapClassifier`
 # %% ../../nbs/50_study/07_boxes.ipynb #081a9cba
 def box_masks_stage(root, view, s: BoxesSettings, classifier: Run, say, workers=None, use_u0=True, numbers=None):
     "Both label maps of all photos of a view; a `Run` with `LabelStore`s in `crf` and `ret`. `numbers`: see `OtherClasses`."
-    config = _part(s, 'size', 'mask_stride', 'u0_threshold', 'box_crf') | {'classifier': classifier.hash, 'use_u0': use_u0, 'images': data_hash(view)} | ({'numbers': numbers} if numbers else {})
+    config = _part(s, 'size', 'mask_stride', 'u0_threshold', 'box_crf') | {'classifier': classifier.hash, 'use_u0': use_u0, 'images': data_hash(view)} | ({'numbers': numbers} if numbers else {}) | ({} if s.map_weight == 1 else _part(s, 'map_weight'))
     def work(run):
         net = box_network(s, classifier)
         if numbers: net = OtherClasses(net, numbers)
         _complain(write_box_masks(net, view, LabelStore(run/'crf'), LabelStore(run/'ret'), s.size, mean_std=stats(s.backbone), workers=workers,
-                                  use_u0=use_u0, threshold=s.u0_threshold, settings=s.box_crf), run.folder)
+                                  use_u0=use_u0, threshold=s.u0_threshold, settings=s.box_crf, map_weight=s.map_weight), run.folder)
         return {'images': len(view)}
     return run_stage(root, 'box_masks', config, work, say)
 
@@ -191,9 +192,10 @@ def classifiers(study: BoxesStudy, background_aware=True, grid=None)->list:     
     settings = [replace(study.seeded(seed), **({'grid': grid} if grid else {})) for seed in study.s.seeds]
     return [box_classifier_stage(study.root, study.train, s, study.hash, study.say, background_aware) for s in settings]
 
-def masks_of(study: BoxesStudy, nets, view=None, **options)->list:     # a `Run` for each seed
+def masks_of(study: BoxesStudy, nets, view=None, map_weight=None, **options)->list:     # a `Run` for each seed
     "Both label maps of the photos of val, or of another view, by each of the classifiers."
-    return [box_masks_stage(study.root, study.boxes if view is None else view, study.s, n, study.say, study.workers, **options) for n in nets]
+    s = study.s if map_weight is None else replace(study.s, map_weight=map_weight)
+    return [box_masks_stage(study.root, study.boxes if view is None else view, s, n, study.say, study.workers, **options) for n in nets]
 
 # %% ../../nbs/50_study/07_boxes.ipynb #4309ab3b
 def score_labels(study: BoxesStudy, name, stores, published=(), known=False)->Step:
@@ -226,6 +228,7 @@ def bana_1(study: BoxesStudy)->tuple:    # `Table`, list of `Step`
              score_labels(study, 'GAP: Y_crf', box_stores(masks_of(study, plain), 'crf')),
              score_labels(study, 'BAP: Y_crf without u0', box_stores(without, 'crf'), bana_published(77.8, 77.)),
              score_labels(study, 'BAP: Y_crf', box_stores(full, 'crf'), bana_published(79.2, 78.8)),
+             score_labels(study, 'BAP: Y_crf, the box counts half', box_stores(masks_of(study, aware, map_weight=.5), 'crf')),
              score_labels(study, 'BAP: Y_ret', box_stores(full, 'ret'), bana_published(69.9, 69.9)),
              score_labels(study, 'both, disputed pixels as background', both, bana_published(68.2, 72.7)),
              score_labels(study, 'both, disputed pixels left out', both, known=True)]
@@ -360,10 +363,10 @@ def box_photo_settings(
     epochs: int|None = None,    # of the network; by the number of photos if not given
     seed: int = 0,          # with the settings, determines the result
 )->BoxesSettings:
-    "Settings for a folder of photos with boxes: the sample's, with as many epochs as `photo_settings` gives."
+    "Settings for a folder of photos with boxes: the sample's, with as many epochs as `photo_settings` gives; the box counts half."
     p = photo_settings(n, size, epochs, seed)
     return replace(boxes_settings('sample'), profile='photos', seed=seed, size=size, segment_size=size, segment_epochs=p.segment_epochs, segment_bs=p.segment_bs, box_epochs=max(1, p.classifier_epochs // 2),
-                   box_bs=p.classifier_bs, predict_scales=(1.,), seeds=(seed,))
+                   box_bs=p.classifier_bs, map_weight=.5, predict_scales=(1.,), seeds=(seed,))
 
 # %% ../../nbs/50_study/07_boxes.ipynb #fe38fa91
 def segment_boxes(
