@@ -88,7 +88,7 @@ def swap_sides(
 ):              # of the same kind and type
     "Numbers of left and right change places; maps without a table stay."
     if not sides: return maps
-    out = np.array(maps)
+    out = (maps.numpy() if isinstance(maps, torch.Tensor) else maps).copy()
     for k, table in sides.items():
         m = out if out.ndim == 2 and k == 0 else out[k:k + 1] if out.ndim == 3 else out[:0]
         if not m.size: raise ValueError(f'there is no map {k} in {tuple(out.shape)}')
