@@ -42,7 +42,7 @@ def only_run(study, **options):
 def test_rows_of_the_tables(first, photos, capsys):
     rows = Table.load(first/'bana-1-smoke.json').rows.set_index('step')
     n = len((photos/'ImageSets/Segmentation/val.txt').read_text().split())
-    assert set(rows.photos) == {f'val, {n}'} and len(rows) == 9
+    assert set(rows.photos) == {f'val, {n}'} and len(rows) == 10
     assert rows.loc['BAP: Y_crf', 'authors'].value == pytest.approx(.792) and rows.loc['both, disputed pixels as background', 'reproduction'].value == pytest.approx(.727)
     assert rows.loc['boxes filled', 'spread'] is None and rows.loc['both, disputed pixels left out', 'labelled'] < 1
     assert (first/'bana-1-smoke.jpg').stat().st_size > 1000
