@@ -223,3 +223,19 @@ def test_an_object_without_outline_is_named(tmp_path):
     p = one_image(tmp_path, [(rectangle(0, 0, 10, 10), 0)])
     p.write_text(p.read_text().replace('"segmentation": {', '"other": {'))
     with pytest.raises(InputError, match='annotation 1: has no outline'): instance_ap([], p)
+
+
+def test_more_objects_than_a_byte_counts(tmp_path):
+    "pycocotools cannot measure 256 results at once with NumPy 2."
+    size, n = (40, 40), 300
+    truth = dict(images=[dict(id=k, file_name=f'{k}.png', width=40, height=40) for k in range(1, 4)], categories=[dict(id=1, name='dot')], annotations=[])
+    results = []
+    for k in range(n):
+        m = np.zeros(size, np.uint8, order='F')
+        y, x = divmod(k // 3, 10)
+        m[4 * y:4 * y + 2, 4 * x:4 * x + 3] = 1
+        code = rle.encode(m)
+        truth['annotations'].append(dict(id=k + 1, image_id=k % 3 + 1, category_id=1, area=6, iscrowd=0, bbox=[4 * x, 4 * y, 3, 2], segmentation=dict(size=list(size), counts=code['counts'].decode())))
+        results.append(dict(image_id=k % 3 + 1, category_id=1, segmentation=dict(size=list(size), counts=code['counts'].decode()), score=1.))
+    (tmp_path/'instances_val.json').write_text(json.dumps(truth))
+    assert instance_ap(results, read_instances(tmp_path/'instances_val.json')).values['AP'] == pytest.approx(1)
