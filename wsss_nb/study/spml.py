@@ -12,7 +12,7 @@ __all__ = ['KINDS', 'SPML_PROFILES', 'SPML_PAPER', 'WEAK', 'NAME_TRAINING', 'SPM
            'score_taught', 'spml_voc', 'spml_study_table', 'labels_sheet', 'OwnPhotos', 'stroke_photo_settings',
            'segment_strokes']
 
-# %% ../../nbs/50_study/08_spml.ipynb #1190aede
+# %% ../../nbs/50_study/08_spml.ipynb #5a9ff234
 import copy
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
@@ -38,7 +38,7 @@ from .runs import Run, data_hash, run_stage
 from .scenes import ScenesSettings, ScenesStudy, Step, over_seeds, scenes_data, scenes_sheet, score_nets, score_pseudo, study_table
 from .tables import Published, Table
 
-# %% ../../nbs/50_study/08_spml.ipynb #7202705a
+# %% ../../nbs/50_study/08_spml.ipynb #1b5a2865
 KINDS = 'tags', 'boxes', 'points', 'scribbles', 'masks'
 
 @dataclass(frozen=True)
@@ -69,7 +69,7 @@ SPML_PROFILES = {
     'full': SPMLSettings('full', size=320, classifier_epochs=15, spml=dict(size=320), steps=6000, segment_size=320, name_epochs=10),
 }
 
-# %% ../../nbs/50_study/08_spml.ipynb #538691af
+# %% ../../nbs/50_study/08_spml.ipynb #d1c7b0af
 SPML_PAPER = SPMLSettings('paper', presets='paper', steps=30_000, segment_size=512, name_train='paper', name_epochs=6, name_lr=3e-3, segment_bs=16)     # twke18/SPML @f09e4c3, bashscripts
 
 def spml_settings(
@@ -79,7 +79,7 @@ def spml_settings(
     "The settings of a profile."
     return profile_settings(profile, SPML_PROFILES | {'paper': SPML_PAPER}, **changes)
 
-# %% ../../nbs/50_study/08_spml.ipynb #80134890
+# %% ../../nbs/50_study/08_spml.ipynb #3891ef1b
 @dataclass
 class Weak:
     "Photos with weak labels of one kind."
@@ -112,7 +112,7 @@ def box_weak(study, s: SPMLSettings)->Weak:
     run = run_stage(study.root, 'box_labels', _part(s, 'box_least') | {'maps': maps.hash, 'boxes': data_hash(view)}, work, study.say)
     return Weak(view, partial(read_stored, store=LabelStore(run/'masks')), run.hash)
 
-# %% ../../nbs/50_study/08_spml.ipynb #7e2d5850
+# %% ../../nbs/50_study/08_spml.ipynb #e2554772
 def read_strokes_of(item, kind):    # uint8 H×W
     "The scribbles or points of an item."
     return read_mask(getattr(item, kind))
@@ -138,7 +138,7 @@ def mask_weak(study, s: SPMLSettings)->Weak:
 
 WEAK = {'tags': tag_weak, 'boxes': box_weak, 'points': partial(stroke_weak, kind='points'), 'scribbles': partial(stroke_weak, kind='scribbles'), 'masks': mask_weak}
 
-# %% ../../nbs/50_study/08_spml.ipynb #e9f6b4b0
+# %% ../../nbs/50_study/08_spml.ipynb #3918d005
 def contours_stage(root, view, s: SPMLSettings, say, workers=None)->Run:
     "Contour regions of all photos; a `Run` with a `RegionStore` in `regions`."
     def work(run):
@@ -167,7 +167,7 @@ def embedding_stage(study, weak: Weak, kind, s: SPMLSettings)->Run:
         return {'images': learn.n_epoch * len(weak.view), 'epochs': learn.n_epoch, 'train_images': len(weak.view)}
     return run_stage(study.root, 'spml', config, work, study.say)
 
-# %% ../../nbs/50_study/08_spml.ipynb #08153cda
+# %% ../../nbs/50_study/08_spml.ipynb #ee065269
 @dataclass
 class Taught:
     "What one kind of label has led to, with one seed."
@@ -188,7 +188,7 @@ def walked_stage(study, t: Taught, s: SPMLSettings)->Run:
         return {'images': len(view)}
     return run_stage(study.root, 'walked', _part(s, 'walk_cell') | {'embedding': t.embedding.hash, 'images': view.ids}, work, study.say)
 
-# %% ../../nbs/50_study/08_spml.ipynb #5915651b
+# %% ../../nbs/50_study/08_spml.ipynb #903850ef
 def neighbours_stage(study, t: Taught, s: SPMLSettings, names: Run|None = None)->Run:
     "Pseudo masks of tagged photos by their neighbours; a `Run` with `LabelStore`s in `first` and `masks`. `names`: the classifier of the round before."
     view = t.weak.view
@@ -203,7 +203,7 @@ def neighbours_stage(study, t: Taught, s: SPMLSettings, names: Run|None = None)-
     config = _part(s, 'walk_cell', 'tag_alpha', 'second_scales') | {'embedding': t.embedding.hash, 'images': view.ids, 'labels': t.weak.hash, 'names': names and names.hash}
     return run_stage(study.root, 'neighbours', config, work, study.say)
 
-# %% ../../nbs/50_study/08_spml.ipynb #66514f48
+# %% ../../nbs/50_study/08_spml.ipynb #865246a0
 NAME_TRAINING = {'study': {}, 'paper': {'train': train_frozen}}
 
 def name_settings(s: SPMLSettings)->SPMLSettings:
@@ -214,7 +214,7 @@ def names_stage(study, t: Taught, s: SPMLSettings)->Run:
     "Train the classifier on what a kind of label has led to; a `Run` with a model in `model`."
     return segment_stage(study.root, t.weak.view, name_settings(s), t.read, t.name, study.say, 'names', learner=partial(frozen_learner, embedding=t.embedding.folder), **NAME_TRAINING[s.name_train])
 
-# %% ../../nbs/50_study/08_spml.ipynb #495b5980
+# %% ../../nbs/50_study/08_spml.ipynb #11495816
 class LabelsStudy(ScenesStudy):
     "Photos with labels of several kinds, settings and a folder of runs."
     def __init__(self,
@@ -238,7 +238,7 @@ def teach(study: LabelsStudy, kind, seed)->Taught:
     for _ in range(1, s.tag_rounds if kind == 'tags' else 1): t = replace(t, masks=neighbours_stage(study, t, s, names_stage(study, t, s)))
     return t
 
-# %% ../../nbs/50_study/08_spml.ipynb #b47fab0c
+# %% ../../nbs/50_study/08_spml.ipynb #c8960a06
 def told(ids, read, dataset)->Made:
     "Weak labels with 255 where they say nothing."
     return Made(ids, lambda id: np.where((m := np.asarray(read(dataset[id]))) == UNLABELLED, VOID, m).astype(np.uint8))
@@ -263,7 +263,7 @@ def score_taught(study: LabelsStudy, kind)->dict:   # name → `Step`
     other.s = name_settings(study.s)
     return steps | {'network': score_nets(other, f'{kind}: network', nets, end='_names'), 'scales and CRF': score_nets(other, f'{kind}: scales and CRF', nets, end='_names', final=True)}
 
-# %% ../../nbs/50_study/08_spml.ipynb #15e6a541
+# %% ../../nbs/50_study/08_spml.ipynb #44d7862b
 _README = 'twke18/SPML @f09e4c3, README: ResNet-101, VOC 2012, with CRF; val'
 _TEST = 'twke18/SPML @f09e4c3, README: ResNet-101, VOC 2012, with CRF; test'
 SPML_PUBLISHED = {'tags': (.695, .716), 'boxes': (.735, .747), 'points': (.732, .74), 'scribbles': (.761, .764)}
@@ -283,7 +283,7 @@ def _kind_row(kind, steps):
            'network': means['network']['mIoU'], 'scales and CRF': means['scales and CRF']['mIoU'], 'spread': means['scales and CRF']['spread']}
     return row | {h: Published(v, source) for h, v, source in zip(('published val', 'published test'), SPML_PUBLISHED.get(kind, ()), (_README, _TEST))}
 
-# %% ../../nbs/50_study/08_spml.ipynb #1c4ca253
+# %% ../../nbs/50_study/08_spml.ipynb #2a605467
 SPML_TABLES = {'spml-voc': spml_voc}
 
 def spml_study_table(
@@ -309,7 +309,7 @@ def labels_sheet(study: LabelsStudy, steps, path=None, n: int = 6, width: int = 
     "Photos of val at even ranks of the scores, and what the networks of each kind of label make of them."
     return scenes_sheet(study, [t for t in steps if t.name.endswith(': network')], path, n, width)
 
-# %% ../../nbs/50_study/08_spml.ipynb #33766f54
+# %% ../../nbs/50_study/08_spml.ipynb #f4f10305
 @dataclass
 class OwnPhotos:
     "What the stages need to know of somebody's photos."
@@ -332,7 +332,7 @@ def stroke_photo_settings(
     bs = min(8, p.segment_bs)
     return replace(spml_settings('sample'), profile='photos', seed=seed, seeds=(seed,), segment_size=size, segment_bs=p.segment_bs, name_epochs=p.segment_epochs, spml=dict(bs=bs), steps=max(1, n // bs) * p.segment_epochs)
 
-# %% ../../nbs/50_study/08_spml.ipynb #b1a91498
+# %% ../../nbs/50_study/08_spml.ipynb #81389f98
 def segment_strokes(
     dataset,            # `Dataset` from `folder` with scribbles or points
     output,             # folder of the model; runs are kept in its sub-folder `runs`
