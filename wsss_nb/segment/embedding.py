@@ -71,18 +71,24 @@ class EmbeddingNet(nn.Module):
         self.head = HEADS[head](self.encoder.model.num_features, dim, **({'rates': rates} if head == 'rates' else {}))
         self.classifier = _classifier(dim, n_classes, dropout)
         self._settle(bn_momentum)
-    def _settle(self, momentum):
-        "Batch norms of the backbone, and what does not learn."
-        for m in self.encoder.modules():
-            if momentum is not None and isinstance(m, nn.BatchNorm2d): m.momentum = momentum
-        self._early = [early_layers(self.encoder.model)]    # in a list: these are no children
-        for m in self._early[0]: m.requires_grad_(False)
-        self.train()
-    def train(self, mode: bool = True):
-        super().train(mode)
-        for m in self._early[0]: m.eval()
-        return self
 
+# %% ../../nbs/30_segment/00_embedding.ipynb #9f625ea4
+@patch
+def _settle(self: EmbeddingNet, momentum):
+    "Batch norms of the backbone, and what does not learn."
+    for m in self.encoder.modules():
+        if momentum is not None and isinstance(m, nn.BatchNorm2d): m.momentum = momentum
+    self._early = [early_layers(self.encoder.model)]    # in a list: these are no children
+    for m in self._early[0]: m.requires_grad_(False)
+    self.train()
+
+@patch
+def train(self: EmbeddingNet, mode: bool = True):
+    nn.Module.train(self, mode)
+    for m in self._early[0]: m.eval()
+    return self
+
+# %% ../../nbs/30_segment/00_embedding.ipynb #1f663ed6
 @patch
 def classify(self: EmbeddingNet,
     embedding,      # N×D×h×w
