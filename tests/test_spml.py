@@ -296,7 +296,7 @@ def state(learn): return {k: v.clone() for k, v in learn.model.state_dict().item
 
 def test_batches(view):
     "Photo and both maps go through the same crop; tags and numbers come along."
-    x, maps, tags, number = spml_learner(view, read_label, lambda o: (read_label(o) == o.tags[0]) * 300, **SMALL).dls.train.one_batch()
+    x, maps, tags, number = spml_learner(view, read_label, lambda o: (read_label(o) == o.tags[0]) * 300, **{**SMALL, 'shrink': 'middle'}).dls.train.one_batch()
     assert maps.shape == (4, 2, 32, 32) and maps.dtype == torch.int64
     assert set(maps[:, 0].unique().tolist()) <= {0, 1, 2, UNLABELLED} and set(maps[:, 1].unique().tolist()) == {0, 300}
     for m, t, n in zip(maps, tags, number):

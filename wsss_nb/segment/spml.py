@@ -223,7 +223,7 @@ def _read_maps(read_label, read_region, n):
 def _squash_maps(a, size, shrink):
     "A label map and a region map, squashed."
     label, region = a
-    small = shrink == 'labelled' and min(label.shape) >= size
+    small = shrink == 'labelled' and size is not None and min(label.shape) >= size
     return np.stack([shrink_labels(label, (size, size)) if small else resize(label, size), resize(region, size)])
 
 def _tags_of(view, read_label):
@@ -241,7 +241,7 @@ def spml_dls(
     view,               # `View`: which images
     read_label,         # function(item) → uint8 H×W, class ids, 254 unlabelled, 255 void
     read_region,        # function(item) → whole numbers ≥ 0, H×W: contour regions
-    size: int = 160,    # side of the square, pixels
+    size: int|None = 160,   # side of the square, pixels; None: `augment` sees to the size
     bs: int = 8,        # images in a batch
     stats=([.5]*3, [.5]*3), # mean and standard deviation, RGB in [0, 1]
     augment=True,       # True, False or an `Augment`

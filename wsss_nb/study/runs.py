@@ -9,7 +9,7 @@ __all__ = ['PACKAGES', 'config_hash', 'data_hash', 'hardware', 'environment', 'R
            'peak_memory', 'read_records']
 
 # %% ../../nbs/50_study/00_runs.ipynb #c40714c6
-import hashlib, importlib.metadata as metadata, json, os, platform, subprocess, sys, time
+import hashlib, importlib.metadata as metadata, json, os, platform, re, subprocess, sys, time
 from pathlib import Path
 import psutil, torch
 import wsss_nb
@@ -136,7 +136,9 @@ def gpu_memory()->dict:     # GB
     return {'peak_gpu_memory_gb': round(most, 2)}
 
 def peak_memory()->float:   # GB
-    "Largest resident memory of this process so far."
+    "Largest resident memory of this process so far; Linux' own count, as that of `getrusage` begins with the process that this one was started from."
+    status = Path('/proc/self/status')
+    if status.is_file() and (found := re.search(r'VmHWM:\s+(\d+) kB', status.read_text())): return int(found[1]) / 1e6
     import resource
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / (1e9 if sys.platform == 'darwin' else 1e6)
 
