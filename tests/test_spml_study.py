@@ -76,7 +76,7 @@ def test_simulated_drawings(photos, tmp_path):
         m, truth = weak.read(o), study.dataset.read_truth(study.dataset[o.id])
         assert set(np.unique(m)) - {UNLABELLED, VOID} <= set(np.unique(truth))
     table, _ = spml.spml_voc(study, ('points',))
-    assert '(points and scribbles simulated)' in str(table)
+    assert '(points simulated)' in str(table)
 
 
 @pytest.mark.parametrize('arguments, says', [

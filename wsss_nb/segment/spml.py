@@ -29,7 +29,7 @@ from torch.nn import functional as F
 from ..data.blocks import Augment, Resized, _augment, _items, image_block, resize
 from ..data.items import UNLABELLED, VOID, InputError
 from ..data.pets import image_size
-from ..data.scribbles import shrink_labels
+from ..data.scribbles import shrink_labels, squash_labels
 from ..localize.backbones import DEFAULT_BACKBONE, stats
 from ..localize.bap import rate_groups
 from ..localize.ccam import gathered
@@ -223,8 +223,8 @@ def _read_maps(read_label, read_region, n):
 def _squash_maps(a, size, shrink):
     "A label map and a region map, squashed."
     label, region = a
-    small = shrink == 'labelled' and size is not None and min(label.shape) >= size
-    return np.stack([shrink_labels(label, (size, size)) if small else resize(label, size), resize(region, size)])
+    if size is None: return a
+    return np.stack([squash_labels(label, (size, size)) if shrink == 'labelled' else resize(label, size), resize(region, size)])
 
 def _tags_of(view, read_label):
     "Function(item) → float S, 1 for each class of the masks that the photo has."

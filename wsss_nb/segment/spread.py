@@ -22,7 +22,7 @@ from tqdm import tqdm
 
 # %% ../../nbs/30_segment/08_spread.ipynb #5484fb98
 from ..data.items import UNLABELLED, VOID, InputError, resize_mask
-from ..data.scribbles import shrink_labels
+from ..data.scribbles import squash_labels
 from ..data.store import LabelStore, MapStore
 from ..localize.training import keep_memory
 from ..refine.crf import CRFSettings, crf_present, segment_maps
@@ -257,14 +257,10 @@ def nearest_scores(
     return s.paint(segment_means(share[s.id], whole[s.id])[whole], 0).movedim(3, 1)
 
 # %% ../../nbs/30_segment/08_spread.ipynb #f7f47ce1
-def _coarse(label, size):
-    "A weak label map on the grid of the embedding; clicks stay."
-    return shrink_labels(label, size) if label.shape[0] >= size[0] and label.shape[1] >= size[1] else resize_mask(label, size)
-
 def _nearest(items, images, embedder, read_label, grid):
     "Embeddings both ways, and the scores."
     e, m, _ = embedder(images)
-    label = torch.from_numpy(np.stack([_coarse(np.asarray(read_label(o)), e.shape[2:]) for o in items])).long().to(e.device)
+    label = torch.from_numpy(np.stack([squash_labels(np.asarray(read_label(o)), e.shape[2:]) for o in items])).long().to(e.device)
     scores = (nearest_scores(e, label, len(embedder.classes), grid) + nearest_scores(m, label, len(embedder.classes), grid)) / 2
     return list(zip(*(t.float().cpu().numpy() for t in (e, m, scores))))
 

@@ -35,7 +35,7 @@ from ..segment.noise_aware import STAGE3, Stage3, train_noise_aware, two_label_l
 from .main import Settings, _complain, _part, profile_settings, read_stored, segment_stage
 from .photos import keep_model, photo_settings
 from .runs import Run, data_hash, run_stage
-from .scenes import ScenesStudy, Step, background_step, over_seeds, scenes_data, scenes_table, score_network, study_table, taught_by_truth
+from .scenes import ScenesStudy, Step, background_step, keep_table, over_seeds, scenes_data, scenes_table, score_network, study_table, taught_by_truth
 from .tables import Published, Table
 
 # %% ../../nbs/50_study/07_boxes.ipynb #c46b96ef
@@ -228,7 +228,7 @@ def bana_1(study: BoxesStudy)->tuple:    # `Table`, list of `Step`
              score_labels(study, 'GAP: Y_crf', box_stores(masks_of(study, plain), 'crf')),
              score_labels(study, 'BAP: Y_crf without u0', box_stores(without, 'crf'), bana_published(77.8, 77.)),
              score_labels(study, 'BAP: Y_crf', box_stores(full, 'crf'), bana_published(79.2, 78.8)),
-             score_labels(study, 'BAP: Y_crf, the box counts half', box_stores(masks_of(study, aware, map_weight=.5), 'crf')),
+             score_labels(study, 'BAP: Y_crf, the box counts half (oracle)', box_stores(masks_of(study, aware, map_weight=.5), 'crf')),
              score_labels(study, 'BAP: Y_ret', box_stores(full, 'ret'), bana_published(69.9, 69.9)),
              score_labels(study, 'both, disputed pixels as background', both, bana_published(68.2, 72.7)),
              score_labels(study, 'both, disputed pixels left out', both, known=True)]
@@ -342,10 +342,7 @@ def boxes_study_table(
     s = settings or boxes_settings()
     study = BoxesStudy(scenes_data(path, s.profile, workers, masks), root, s, say, workers)
     table, steps = BANA_TABLES[which](study, **({'path': coco_path} if which == 'bana-5' else {}))
-    name, kept = f'{which}-{s.profile}', []
-    if steps: boxes_sheet(study, steps, sheet := Path(root)/f'{name}.jpg'); kept = [f'pictures  {sheet}']
-    say('\n'.join([f'\n{table}\n', f'table     {table.save(Path(root)/f"{name}.json")}', *kept]))
-    return table
+    return keep_table(study, table, which, partial(boxes_sheet, study, steps) if steps else None)
 
 # %% ../../nbs/50_study/07_boxes.ipynb #37ce4c3e
 def boxes_sheet(study: BoxesStudy, steps, path=None, n: int = 6, width: int = 104):     # `Figure`

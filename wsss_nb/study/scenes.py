@@ -11,7 +11,7 @@ __all__ = ['SCENES_PROFILES', 'PAPER', 'SWEEP', 'SCENES_PUBLISHED', 'SCENES_METH
            'puzzle_masks', 'silop_masks', 'subcategory_stage', 'round_maps', 'sccam_masks', 'Step', 'over_seeds',
            'class_sweep', 'ScenesStudy', 'score_pseudo', 'score_maps', 'score_nets', 'score_network', 'taught_by',
            'taught_by_truth', 'background_step', 'scenes_table', 'study_table', 'silop_table', 'sccam_table',
-           'methods_table', 'scenes_study_table', 'network_steps', 'scenes_sheet']
+           'methods_table', 'keep_table', 'scenes_study_table', 'network_steps', 'scenes_sheet']
 
 # %% ../../nbs/50_study/05_scenes.ipynb #4311e690
 import copy
@@ -407,6 +407,14 @@ def methods_table(study: ScenesStudy, methods)->tuple:     # `Table`, list of `S
 # %% ../../nbs/50_study/05_scenes.ipynb #42832139
 SCENES_TABLES = {'silop': silop_table, 'sccam': sccam_table}
 
+def keep_table(study: ScenesStudy, table: Table, name: str, draw=None)->Table:
+    "Print a table and keep it beside the runs, with the pictures that `draw(path)` makes."
+    path = study.root/f'{name}-{study.s.profile}.json'
+    kept = [f'table     {table.save(path)}']
+    if draw: draw(sheet := path.with_suffix('.jpg')); kept.append(f'pictures  {sheet}')
+    study.say('\n'.join([f'\n{table}\n', *kept]))
+    return table
+
 def scenes_study_table(
     which,              # 'silop', 'sccam', or a list of methods
     path=None,          # folder with VOC 2012; None: the rendered sample
@@ -421,11 +429,7 @@ def scenes_study_table(
     s = settings or scenes_settings()
     study = ScenesStudy(scenes_data(path, s.profile, workers, masks), root, s, say, workers)
     table, steps = SCENES_TABLES[which](study) if isinstance(which, str) else methods_table(study, which)
-    name = f"{which if isinstance(which, str) else '-'.join(which)}-{s.profile}"
-    sheet = Path(root)/f'{name}.jpg'
-    scenes_sheet(study, network_steps(steps), sheet)
-    say(f'\n{table}\n\ntable     {table.save(Path(root)/f"{name}.json")}\npictures  {sheet}')
-    return table
+    return keep_table(study, table, which if isinstance(which, str) else '-'.join(which), partial(scenes_sheet, study, network_steps(steps)))
 
 # %% ../../nbs/50_study/05_scenes.ipynb #f13efc11
 def network_steps(steps)->list:

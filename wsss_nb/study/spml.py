@@ -6,11 +6,10 @@ Docs: https://wsss-nb.github.io/wsss_nb/50_study/spml.html.md"""
 
 # %% auto #0
 __all__ = ['KINDS', 'SPML_PROFILES', 'SPML_PAPER', 'WEAK', 'NAME_TRAINING', 'SPML_PUBLISHED', 'SPML_TABLES', 'SPMLSettings',
-           'spml_settings', 'Weak', 'cam_maps', 'tag_weak', 'box_weak', 'read_strokes_of', 'stroke_weak', 'mask_weak',
-           'contours_stage', 'read_region', 'preset_of', 'embedding_stage', 'Taught', 'walked_stage',
-           'neighbours_stage', 'name_settings', 'names_stage', 'LabelsStudy', 'teach', 'told', 'score_weak',
-           'score_taught', 'spml_voc', 'spml_study_table', 'labels_sheet', 'OwnPhotos', 'stroke_photo_settings',
-           'segment_strokes']
+           'spml_settings', 'Weak', 'cam_maps', 'tag_weak', 'box_weak', 'stroke_weak', 'mask_weak', 'contours_stage',
+           'read_region', 'preset_of', 'embedding_stage', 'Taught', 'walked_stage', 'neighbours_stage', 'name_settings',
+           'names_stage', 'LabelsStudy', 'teach', 'told', 'score_weak', 'score_taught', 'spml_voc', 'spml_study_table',
+           'labels_sheet', 'OwnPhotos', 'stroke_photo_settings', 'segment_strokes']
 
 # %% ../../nbs/50_study/08_spml.ipynb #5a9ff234
 import copy
@@ -18,7 +17,7 @@ from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
 import numpy as np
-from ..data.items import UNLABELLED, VOID, Dataset, InputError, read_mask
+from ..data.items import UNLABELLED, VOID, Dataset, InputError
 from ..data.scribbles import write_labels
 from ..data.store import LabelStore, MapStore
 from ..evaluate.report import evaluate_predictions
@@ -35,7 +34,7 @@ from .boxes import Made, boxed, known_only
 from .main import _complain, _part, cam_stage, classifier_stage, profile_settings, read_stored, segment_stage
 from .photos import keep_model, photo_settings
 from .runs import Run, data_hash, run_stage
-from .scenes import ScenesSettings, ScenesStudy, Step, over_seeds, scenes_data, scenes_sheet, score_nets, score_pseudo, study_table
+from .scenes import ScenesSettings, ScenesStudy, Step, _limited, keep_table, over_seeds, scenes_data, scenes_sheet, score_nets, score_pseudo, study_table
 from .tables import Published, Table
 
 # %% ../../nbs/50_study/08_spml.ipynb #1b5a2865
@@ -113,10 +112,6 @@ def box_weak(study, s: SPMLSettings)->Weak:
     return Weak(view, partial(read_stored, store=LabelStore(run/'masks')), run.hash)
 
 # %% ../../nbs/50_study/08_spml.ipynb #e2554772
-def read_strokes_of(item, kind):    # uint8 H×W
-    "The scribbles or points of an item."
-    return read_mask(getattr(item, kind))
-
 def stroke_weak(study, s: SPMLSettings, kind)->Weak:
     "Label maps from scribbles or points; simulated ones are drawn once, by the seed of the profile."
     simulated, root = s.strokes == 'simulated', study.root
@@ -246,10 +241,9 @@ def told(ids, read, dataset)->Made:
 def score_weak(study: LabelsStudy, taught)->Step:
     "Weak labels of the training photos, where they say something."
     ids = study.scored & set(taught[0].weak.view.ids)
-    d, labels = copy.copy(study.dataset), [told(ids, t.weak.read, study.dataset) for t in taught]
-    d.splits = {'train': [i for i in d.split('train') if i in ids]}
+    d, labels = _limited(study, 'train', ids), [told(ids, t.weak.read, study.dataset) for t in taught]
     results = [evaluate_predictions(m, known_only(d, m), 'train', name=taught[0].kind) for m in labels]
-    return Step(f'{taught[0].kind}: labels', 'train', results, masks=labels[0], more={'labelled': float(np.mean([np.mean(labels[0].load(i) != VOID) for i in sorted(ids)]))})
+    return Step(f'{taught[0].kind}: labels', 'train', results, masks=labels[0], more={'labelled': float(np.mean([np.mean(labels[0].load(i) != VOID) for i in sorted(ids)])), 'simulated': taught[0].weak.simulated})
 
 def score_taught(study: LabelsStudy, kind)->dict:   # name → `Step`
     "All steps of a kind of label."
@@ -272,8 +266,8 @@ def spml_voc(study: LabelsStudy, kinds=KINDS)->tuple:   # `Table`, list of `Step
     "One row for each kind of label."
     found = {k: score_taught(study, k) for k in kinds}
     rows = [_kind_row(k, steps) for k, steps in found.items()]
-    drawn = study.s.strokes == 'simulated' and {'points', 'scribbles'} & set(kinds)
-    what = f'what labels buy{" (points and scribbles simulated)" if drawn else ""}: mIoU; labels where they say something and pseudo masks on training photos, networks on {len(study.val)} photos of val; mean over seeds with a 95 % bootstrap interval over photos; spread: best minus worst seed, of the last column before it'
+    drawn = ' and '.join(k for k, steps in found.items() if steps['labels'].more['simulated'])
+    what = f'what labels buy{f" ({drawn} simulated)" if drawn else ""}: mIoU; labels where they say something and pseudo masks on training photos, networks on {len(study.val)} photos of val; mean over seeds with a 95 % bootstrap interval over photos; spread: best minus worst seed, of the last column before it'
     return study_table(study, rows, what), [t for steps in found.values() for t in steps.values()]
 
 def _kind_row(kind, steps):
@@ -300,10 +294,7 @@ def spml_study_table(
     s = settings or spml_settings()
     study = LabelsStudy(scenes_data(path, s.profile, workers, masks), root, s, say, workers)
     table, steps = SPML_TABLES[which](study)
-    name = f'{which}-{s.profile}'
-    labels_sheet(study, steps, sheet := Path(root)/f'{name}.jpg')
-    say('\n'.join([f'\n{table}\n', f'table     {table.save(Path(root)/f"{name}.json")}', f'pictures  {sheet}']))
-    return table
+    return keep_table(study, table, which, partial(labels_sheet, study, steps))
 
 def labels_sheet(study: LabelsStudy, steps, path=None, n: int = 6, width: int = 104):   # `Figure`
     "Photos of val at even ranks of the scores, and what the networks of each kind of label make of them."
