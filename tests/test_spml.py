@@ -100,7 +100,9 @@ def test_presets():
     for kind, p in PAPER.items():
         s = STUDY[kind]
         assert (p.backbone, p.size, p.bs, p.lr, p.wd, p.warmup) == ('resnet101', 512, 16, 3e-3, 5e-4, 100)
-        same = dict(backbone=p.backbone, size=p.size, bs=p.bs, iterations=p.iterations, lr=p.lr, dropout=p.dropout, bn_momentum=p.bn_momentum, scale=p.scale, rates=p.rates, shrink=p.shrink)
+        same = dict(backbone=p.backbone, size=p.size, bs=p.bs, iterations=p.iterations, lr=p.lr, dropout=p.dropout, bn_momentum=p.bn_momentum, scale=p.scale, rates=p.rates, shrink=p.shrink,
+                    head=p.head, output_stride=p.output_stride, crop=p.crop)
+        assert (p.crop, p.scale, p.output_stride) == ('shape', (.5, 1.5), 8)
         assert replace(s, **same) == p
     with pytest.raises(AttributeError): PAPER['tags'].ce = 0
 

@@ -64,7 +64,7 @@ class SPMLSettings(ScenesSettings):
 
 SPML_PROFILES = {
     'smoke': SPMLSettings('smoke', size=64, classifier_epochs=1, classifier_bs=4, cam_scales=(1.,), spml=dict(size=64, bs=4), steps=2, tag_rounds=2, name_epochs=1, segment_size=64, segment_bs=4, seeds=(0, 1)),
-    'sample': SPMLSettings(size=128, segment_size=160),
+    'sample': SPMLSettings(size=128, segment_size=160, walk_cell=4),
     'full': SPMLSettings('full', size=320, classifier_epochs=15, spml=dict(size=320), steps=6000, segment_size=320, name_epochs=10),
 }
 
