@@ -105,7 +105,7 @@ class Augment(ItemTransform):
         flip: float = .5,       # probability of a left-right flip
         brightness: float = .2, # greatest change, fraction of the full range
         contrast: float = .2,   # greatest relative change around mid grey
-        sides: dict|None = None,    # see `swap_sides`; for a mirror image
+        sides: dict|None = None,    # see `swap_sides`; for a mirror image. Labels beyond the border are then void
     ):
         super().__init__()
         self.scale, self.flip, self.brightness, self.contrast, self.sides = scale, flip, brightness, contrast, check_sides(sides)
@@ -117,14 +117,14 @@ class Augment(ItemTransform):
         sides = self.sides if draw[4] < self.flip else {}
         table = (np.arange(256) - 127.5) * gain + 127.5 + 255 * shift
         table = table.round().clip(0, 255).astype(np.uint8)
-        return (_warp(b[0], m, table), *(swap_sides(_warp(o, m), sides) if isinstance(o, TensorMask) else o for o in b[1:]))
+        return (_warp(b[0], m, table), *(swap_sides(_warp(o, m, void=bool(self.sides)), sides) if isinstance(o, TensorMask) else o for o in b[1:]))
 
 # %% ../../nbs/00_data/06_blocks.ipynb #f5b85d7e
-def _warp(t, m, table=None):
-    "`t` through the affine map `m`; `table` given: an image, linear, then the table; else a mask, nearest."
+def _warp(t, m, table=None, void=False):
+    "`t` through the affine map `m`; `table` given: an image, linear, then the table; else a mask, nearest. `void`: 255 beyond the border, not a mirror image."
     how = cv2.INTER_NEAREST if table is None else cv2.INTER_LINEAR
     a = t.numpy() if t.ndim == 2 else np.ascontiguousarray(t.permute(1, 2, 0).numpy())
-    a = cv2.warpAffine(a, m, a.shape[1::-1], flags=how | cv2.WARP_INVERSE_MAP, borderMode=cv2.BORDER_REFLECT_101)
+    a = cv2.warpAffine(a, m, a.shape[1::-1], flags=how | cv2.WARP_INVERSE_MAP, borderMode=cv2.BORDER_CONSTANT if void else cv2.BORDER_REFLECT_101, borderValue=(VOID,) * 4)
     if table is not None: a = cv2.LUT(a, table)
     return type(t)(torch.from_numpy(a if a.ndim == 2 else a.transpose(2, 0, 1).copy()))
 

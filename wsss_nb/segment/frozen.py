@@ -53,16 +53,17 @@ def frozen_learner(
     read_label,             # function(item) → uint8 H×W, class ids, 254 unlabelled, 255 void
     embedding,              # folder written by `save_spml`
     dropout: float = .65,   # in the classifier
-    augment=None,           # True, False or an `Augment`; None: `Degrade()`
+    augment=None,           # True, False or an `Augment`; None: `Degrade`, with the embedding's sides
     **kwargs,               # of `segment_learner`, whose `arch` and `backbone` are those of the embedding
 )->Learner:
     "A learner for a fresh classifier on a trained embedding."
     net, about = load_spml(embedding)
     c = net.config
     own = dict(arch='spml', backbone=c['backbone'], pretrained=False, freeze=True, dim=c['dim'], head=c['head'], rates=c['rates'], output_stride=c['output_stride'], dropout=dropout)
-    learn = segment_learner(view, read_label, augment=Degrade() if augment is None else augment, **{**kwargs, **own})
+    sides = {0: [*about['sides'], *range(len(about['sides']), 256)]} if about['sides'] else None
+    learn = segment_learner(view, read_label, augment=Degrade(sides=sides) if augment is None else augment, **{**kwargs, **own})
     learn.model.net.encoder.load_state_dict(nn.ModuleList([net.encoder, net.head]).state_dict())
-    learn.segment |= {k: about[k] for k in ('mean', 'std')}
+    learn.segment |= {k: about[k] for k in ('mean', 'std', 'sides')}
     return learn
 
 # %% ../../nbs/30_segment/09_frozen.ipynb #071a9b75

@@ -39,6 +39,7 @@ from .clusters import colour_features, location_features, prototypes, segment_pi
 from .contrast import affinity_loss, annotation_loss, cooccurrence_loss, nearest_labels, region_loss
 from .embedding import EmbeddingNet
 from .losses import cross_entropy
+from .predict import check_swap
 
 # %% ../../nbs/30_segment/07_spml.ipynb #5e9b0007
 @dataclass(frozen=True)
@@ -336,7 +337,7 @@ class Watch(Callback):
         if not self.labelled: raise InputError(self.learn.spml['view'], 'no labelled pixel in any image', 'Check the function that reads the label maps: 254 is unlabelled, 255 void.')
 
 # %% ../../nbs/30_segment/07_spml.ipynb #5e9b002f
-CROPS = {'shape': lambda p: (None, ScaleCrop(p.size, p.scale)), 'square': lambda p: (p.size, Augment(p.scale, brightness=0., contrast=0.))}
+CROPS = {'shape': lambda p, sides: (None, ScaleCrop(p.size, p.scale, sides=sides)), 'square': lambda p, sides: (p.size, Augment(p.scale, brightness=0., contrast=0., sides=sides))}
 
 def _preset(preset, changes):
     "A preset by name or as it is, with changes."
@@ -344,6 +345,12 @@ def _preset(preset, changes):
         if preset not in STUDY: raise ValueError(f'preset {preset!r} is none of {", ".join(STUDY)}; or give an `SPML`')
         preset = STUDY[preset]
     return replace(preset, **changes)
+
+def _sides(table, n, occ):
+    "A table of sides for the label map, and for classes."
+    if table is None: return None, None
+    if occ: raise ValueError('the tags of a mirror image do not change sides: train with occ=0')
+    return {0: table}, check_swap([int(v) for v in table[:n]], n)
 
 def spml_learner(
     view,                   # `View`: which images
@@ -355,18 +362,20 @@ def spml_learner(
     augment=None,           # True, False or an `Augment` for squashed photos; None: the preset's crops and mirror images
     valid=None,             # view, fraction or None: images held out to watch the loss
     cbs=None,               # further fastai callbacks
+    sides=None,             # other side of each number in a label map, uint8 256, such as `MIRRORED` of DensePose; None: no class has one
     **changes,              # fields of `SPML`
 )->Learner:
     "A fastai `Learner` for SPML; it reads no mask but through `read_label`."
     p = _preset(preset, changes)
     seed_everything(seed)
     norm, n = stats(p.backbone), len(view.segment_classes) + 1
-    size, crop = CROPS[p.crop](p)
+    table, swap = _sides(sides, n, p.occ)
+    size, crop = CROPS[p.crop](p, table)
     dls = spml_dls(view, read_label, read_region, size if augment is None else p.size, p.bs, norm, crop if augment is None else augment, valid, shrink=p.shrink)
     net = SPMLNet(n, p.backbone, p.dim, p.head, p.dropout, p.bn_momentum, p.rates, p.output_stride, pretrained, colour=p.colour)
     learn = Learner(dls, net, loss_func=SPMLLoss(n, p), opt_func=caffe_sgd, splitter=lambda net: [g for g, _, _ in decay_groups(net)],
                     wd_bn_bias=True, cbs=[MemoryBank(), Watch(), *(cbs or [])])
-    learn.spml = dict(preset=p, view=repr(view), classes=['background', *view.segment_classes], size=p.size, mean=list(norm[0]), std=list(norm[1]))
+    learn.spml = dict(preset=p, view=repr(view), classes=['background', *view.segment_classes], size=p.size, mean=list(norm[0]), std=list(norm[1]), sides=swap)
     return learn
 
 # %% ../../nbs/30_segment/07_spml.ipynb #5e9b0030
@@ -394,7 +403,7 @@ def save_spml(
     folder,         # gets `spml.safetensors` and `spml.json`
 )->None:
     "Write the network and what is needed to use it."
-    more = {k: learn.spml[k] for k in ('classes', 'size', 'mean', 'std')}
+    more = {k: learn.spml[k] for k in ('classes', 'size', 'mean', 'std', 'sides')}
     save_network(learn.model, folder, 'spml', dict(net=learn.model.config, preset=asdict(learn.spml['preset']), **more))
 
 def load_spml(
@@ -404,4 +413,4 @@ def load_spml(
     found = {}
     def build(config): found.update(config); return SPMLNet(**config['net'], pretrained=False)
     net = load_network(folder, 'spml', build, 'SPML network')
-    return net, {k: found[k] for k in ('classes', 'size', 'mean', 'std', 'preset')}
+    return net, {k: found[k] for k in ('classes', 'size', 'mean', 'std', 'preset')} | {'sides': found.get('sides')}

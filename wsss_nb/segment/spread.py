@@ -28,7 +28,7 @@ from ..localize.training import keep_memory
 from ..refine.crf import CRFSettings, crf_present, segment_maps
 from ..refine.embedding_walk import SPML_CRF, cam_labels, peak_normalised, walked_labels
 from .clusters import majority_label, neighbour_shares, prototypes, retrieve, segment_means, segment_pixels
-from .predict import _read_all, squashed
+from .predict import _read_all, check_swap, squashed, swap_classes
 from .spml import load_spml
 
 # %% ../../nbs/30_segment/08_spread.ipynb #83b3f124
@@ -39,9 +39,10 @@ class Embedder:
         classes,        # names, 'background' first
         size: int = 160,    # side of the training square, pixels
         mean=(.5, .5, .5), std=(.5, .5, .5),    # of the training images, RGB in [0, 1]
+        sides=None,     # what each class is in a mirror image, see `check_swap`
     ):
         self.classes, self.size, self.mean, self.std, self.device = list(classes), int(size), mean, std, default_device()
-        self.net = net.eval().to(self.device)
+        self.net, self.sides = net.eval().to(self.device), check_swap(sides, len(self.classes))
     @torch.inference_mode()
     def __call__(self,
         images,         # uint8 H×W×3 each, any sizes
@@ -49,7 +50,7 @@ class Embedder:
     )->tuple:           # embeddings N×D×h×w; those of the mirror images, turned back; probabilities N×C×h×w, mean of both
         x = squashed(images, max(8, round(self.size * scale / 8) * 8), self.mean, self.std, self.device)
         (e, z, *_), (m, v, *_) = self.net(x), self.net(x.flip(3))
-        return e, m.flip(3), (z.float().softmax(1) + v.flip(3).float().softmax(1)) / 2
+        return e, m.flip(3), (z.float().softmax(1) + swap_classes(v.flip(3).float().softmax(1), self.sides)) / 2
 
 def named(
     embedder: Embedder,
@@ -58,14 +59,14 @@ def named(
     "The embedding with another classifier."
     net = copy.copy(embedder.net)
     net._modules = embedder.net._modules | {'classifier': model.net.net.classifier}
-    return Embedder(net, model.classes, embedder.size, embedder.mean, embedder.std)
+    return Embedder(net, model.classes, embedder.size, embedder.mean, embedder.std, embedder.sides)
 
 def load_embedder(
     folder,             # written by `save_spml`
 )->Embedder:
     "Read a trained embedding; `InputError` when the files do not fit."
     net, about = load_spml(folder)
-    return Embedder(net, *(about[k] for k in ('classes', 'size', 'mean', 'std')))
+    return Embedder(net, *(about[k] for k in ('classes', 'size', 'mean', 'std', 'sides')))
 
 # %% ../../nbs/30_segment/08_spread.ipynb #e028fe82
 def _finish(item, image, arrays, make, store):
@@ -206,7 +207,7 @@ def neighbour_scores(
     "Votes of the neighbours, mean over scales and mirror images."
     total, size = 0, max(8, round(embedder.size * max(scales) / 8) * 8) // 4
     for s in scales:
-        for e in embedder(images, s)[:2]: total = total + F.interpolate(_votes(e, memory, k, grid), (size, size), mode='bilinear')
+        for e, sides in zip(embedder(images, s), (None, embedder.sides)): total = total + F.interpolate(swap_classes(_votes(e, memory, k, grid), sides), (size, size), mode='bilinear')
     return total / (2 * len(scales))
 
 # %% ../../nbs/30_segment/08_spread.ipynb #b5e89200

@@ -30,7 +30,7 @@ def _methods(a):
     scenes_study_table([m.strip() for m in a.methods.split(',') if m.strip()], a.voc, a.output, s, workers=a.workers)
 
 # %% ../../nbs/50_study/09_cli.ipynb #ae158ebf
-TABLES = ('pets-1', 'pets-2', 'pets-3', 'silop', 'sccam', *(f'bana-{n}' for n in range(1, 7)), 'spml-voc')
+TABLES = ('pets-1', 'pets-2', 'pets-3', 'silop', 'sccam', *(f'bana-{n}' for n in range(1, 7)), 'spml-voc', 'spml-densepose')
 
 def _folders(pairs, known)->dict:
     "`NAME=PATH` options as a dictionary; `InputError` for another name."
@@ -41,6 +41,7 @@ def _folders(pairs, known)->dict:
 
 def _table(a):
     "A table of the study."
+    if a.which == 'spml-densepose': return _parts(a)
     if not a.which.startswith('pets'): return {'bana': _boxes, 'spml': _labels}.get(a.which.split('-')[0], _scenes)(a)
     if a.profile == 'paper': raise InputError('paper', 'is no profile of the pets tables', 'Choose smoke, sample or full.')
     folders = _folders(a.data, ('pets', 'background'))
@@ -65,6 +66,13 @@ def _labels(a):
     own = {'seeds': tuple(seeds)} if seeds else {}
     s = spml_settings(a.profile or ('full' if path else None), **own, strokes='simulated' if a.simulated else 'files')
     spml_study_table(a.which, path, a.output, s, workers=a.workers)
+
+def _parts(a):
+    "The table of body parts."
+    from wsss_nb.study.parts import parts_settings, parts_study_table
+    path, seeds = _folders(a.data, ('densepose',)).get('densepose'), a.seeds or ([] if a.seed is None else [a.seed])
+    if a.profile == 'paper' and not path: raise InputError('paper', 'is a profile for DensePose-COCO', 'Give its folder: --data densepose=FOLDER.')
+    parts_study_table(path, a.output, parts_settings(a.profile or ('full' if path else None), **({'seeds': tuple(seeds)} if seeds else {})), workers=a.workers)
 
 def _boxes(a):
     "A table of the study of boxes."
@@ -168,7 +176,7 @@ def parser()->argparse.ArgumentParser:
              ('-o --output', dict(metavar='RUNS', default='runs', help='folder of the runs')))
     _command(sub, 'table', _table, 'A table of the study: our figures beside the published ones.', ('which', dict(choices=TABLES, help='which table')),
              ('--profile', dict(choices=('smoke', 'sample', 'full', 'paper'), default=None, help='how much to do; paper: the published settings, for silop, sccam, bana and spml on VOC 2012; default: $WSSS_PROFILE or sample')),
-             ('--data', dict(metavar='NAME=PATH', action='append', default=[], help='pets=FOLDER with Oxford-IIIT Pet or voc=FOLDER with VOC 2012 instead of the rendered sample (profile full), background=FOLDER of photos without pets, coco=FOLDER with COCO for bana-5')),
+             ('--data', dict(metavar='NAME=PATH', action='append', default=[], help='pets=FOLDER with Oxford-IIIT Pet or voc=FOLDER with VOC 2012 instead of the rendered sample (profile full), background=FOLDER of photos without pets, coco=FOLDER with COCO for bana-5, densepose=FOLDER with DensePose-COCO for spml-densepose')),
              ('--seeds', dict(type=int, nargs='+', default=None, help='seeds of the segmentation networks of the pets tables, of everything in the others; default: those of the profile')),
              ('--simulated', dict(action='store_true', help='spml-voc: draw the scribbles and points on the true masks of the training photos')),
              ('-o --output', dict(metavar='RUNS', default='runs', help='folder of the runs')),

@@ -151,12 +151,12 @@ def preset_of(kind, s: SPMLSettings):   # `SPML`
     own = {} if s.presets == 'paper' else dict(backbone=s.backbone, size=s.segment_size)
     return replace(p, iterations=s.steps, **{**own, **s.spml})
 
-def embedding_stage(study, weak: Weak, kind, s: SPMLSettings)->Run:
-    "Train an embedding on weak labels; a `Run` with `spml.safetensors`."
-    preset = preset_of(kind, s)
-    config = {'seed': s.seed, 'preset': asdict(preset), 'labels': weak.hash, 'regions': study.regions.hash, 'images': weak.view.ids}
+def embedding_stage(study, weak: Weak, kind, s: SPMLSettings, preset=None, sides=None)->Run:
+    "Train an embedding on weak labels; a `Run` with `spml.safetensors`. `preset`: an `SPML` in place of the kind's; `sides`: see `spml_learner`."
+    preset = preset or preset_of(kind, s)
+    config = {'seed': s.seed, 'preset': asdict(preset), 'labels': weak.hash, 'regions': study.regions.hash, 'images': weak.view.ids} | ({} if sides is None else {'sides': [int(v) for v in sides]})
     def work(run):
-        learn = train_spml(weak.view, weak.read, partial(read_region, store=RegionStore(study.regions/'regions')), preset, seed=s.seed, path=run/'checkpoint.pth')
+        learn = train_spml(weak.view, weak.read, partial(read_region, store=RegionStore(study.regions/'regions')), preset, seed=s.seed, path=run/'checkpoint.pth', sides=sides)
         save_spml(learn, run.folder)
         (run/'checkpoint.pth').unlink(missing_ok=True)
         return {'images': learn.n_epoch * len(weak.view), 'epochs': learn.n_epoch, 'train_images': len(weak.view)}
