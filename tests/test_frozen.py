@@ -61,6 +61,17 @@ def test_only_the_classifier_learns(view, options, embedding, train):
     assert any(not torch.equal(v, fresh[k]) for k, v in learn.model.net.classifier.state_dict().items())
 
 
+@pytest.mark.parametrize('changes', [{}, dict(head='rates', output_stride=8, rates=(2, 4)), dict(output_stride=32)])
+def test_the_embedding_is_the_trained_one(view, tmp_path, changes):
+    "The frozen part gives the vectors that were learned, whatever the head and the stride."
+    learn = spml_learner(view, scribble, one_region, size=64, bs=4, dim=8, **changes)
+    save_spml(learn, tmp_path)
+    frozen, net = frozen_learner(view, scribble, embedding=tmp_path, size=64, bs=4).model.eval().net, learn.model.eval()
+    x = torch.randn(2, 3, 64, 48)
+    frozen.classifier = torch.nn.Identity()
+    with torch.no_grad(): torch.testing.assert_close(frozen(x), torch.nn.functional.normalize(net(x)[0], dim=1), rtol=1e-4, atol=1e-5)
+
+
 def test_rates_of_the_published_training(view, options):
     learn = train_frozen(view, scribble, 1, .003, **options)
     assert len(learn.opt.hypers) == 2 and sum(len(g) for g in learn.opt.param_lists) == len(list(learn.model.net.classifier.parameters()))

@@ -18,6 +18,7 @@ from wsss_nb.data.items import UNLABELLED, VOID, Dataset, InputError, Item
 from wsss_nb.localize.training import fit
 from wsss_nb.segment.clusters import Segments, location_features, segment_pixels
 from wsss_nb.segment.contrast import annotation_loss
+from wsss_nb.segment.embedding import EmbeddingNet
 from wsss_nb.segment.spml import (PAPER, SPML, STUDY, Prototypes, SPMLLoss, SPMLNet, WarmPoly, batch_prototypes, caffe_sgd, gather_rows, load_spml, poly_rate,
                                   decay_groups, save_spml, spml_learner, train_spml)
 
@@ -304,6 +305,35 @@ def test_batches(view):
     for m, t, n in zip(maps, tags, number):
         assert (m[1] == 300).equal((m[0] == 1) | (m[0] == 2))
         assert t.tolist() == [float(int(n) % 2), float(int(n) % 2 == 0)]
+
+
+def test_crops_at_a_photos_own_shape(view):
+    "The paper's crops are windows of the scaled photo; beyond it is void, and the photo is not squashed."
+    whole = dict(shrink='middle', crop='shape', scale=(.5, .5))
+    x, maps, *_ = spml_learner(view, read_label, read_region, **{**SMALL, **whole}).dls.train.one_batch()
+    assert x.shape == (4, 3, 32, 32) and maps.shape == (4, 2, 32, 32)
+    assert ((maps[:, 0] == VOID).sum((1, 2)) == 32 * 32 - 20 * 24).all()     # photos of 40×48 pixels, halved
+    assert ((maps[:, 1] == 700).sum((1, 2)) == 10 * 10).all()
+    squashed = spml_learner(view, read_label, read_region, **{**SMALL, 'scale': (1., 1.)}).dls.train.one_batch()[1]
+    assert not (squashed[:, 0] == VOID).any()
+
+
+@pytest.mark.parametrize('head, stride', [('rates', 8), ('pyramid', 8), ('stages', 8), ('stages', 16), ('stages', 32)])
+def test_heads(head, stride):
+    "A quarter of the image, whatever the head and its backbone's stride; gradients reach the stages that learn."
+    net = EmbeddingNet(3, 'resnet18', 8, head, rates=(1, 2), output_stride=stride, pretrained=False)
+    e, _ = net(torch.randn(2, 3, 72, 40))
+    assert e.shape == (2, 8, 18, 10)
+    e.square().sum().backward()
+    learn = [p.grad is not None for n, p in net.named_parameters() if p.requires_grad and not n.startswith('classifier')]
+    assert all(learn) and len(learn) > 20
+    if head == 'stages':        # an early stage has a way of its own
+        with torch.no_grad():
+            for p in net.head.convs[-1].parameters(): p.zero_()
+            for conv in net.head.convs[1:-1]: conv.weight.zero_(); conv.bias.zero_()
+        x = torch.randn(1, 3, 64, 64); y = x.clone(); y[..., 40:] = 0
+        a, b = (net.eval()(v)[0] for v in (x, y))
+        assert a[..., :6].allclose(b[..., :6]) and not a[..., 10:].allclose(b[..., 10:])
 
 
 def test_same_seed_same_bits_and_resume(view, tmp_path):

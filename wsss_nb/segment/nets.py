@@ -169,11 +169,12 @@ def _cosine(arch, backbone, n_classes, pretrained, tau=20., **options):
 # %% ../../nbs/30_segment/00_nets.ipynb #f6decead
 ARCHITECTURES = ('original_unet', 'deeplab_largefov', 'deeplab_v2', 'spml', *smp.MODEL_ARCHITECTURES_MAPPING)
 
-def _dilated(arch, backbone, n_classes, pretrained, output_stride=8, **options):
+def _dilated(arch, backbone, n_classes, pretrained, **options):
     "The two older DeepLabs and SPML's network, which are not of segmentation-models-pytorch."
     if arch == 'spml': return embedding_classifier(n_classes, backbone, pretrained, **options)
     if arch == 'deeplab_largefov': return largefov(n_classes, pretrained, **options)
-    return deeplab_v2(create_backbone(backbone, output_stride, pretrained), n_classes, output_stride, **options)
+    stride = options.pop('output_stride', 8)
+    return deeplab_v2(create_backbone(backbone, stride, pretrained), n_classes, stride, **options)
 
 def create_net(
     arch: str = 'unet',    # one of `ARCHITECTURES`; with '-cosine' after it: see `cosine_net`

@@ -89,7 +89,7 @@ def study(
     **changes,      # fields of `SPML`
 )->SPML:
     "The same losses with the common backbone, small images and few steps."
-    small = dict(shrink='labelled', backbone=DEFAULT_BACKBONE, size=160, bs=8, iterations=600, lr=2e-2, dropout=.5, bn_momentum=None, crop='square', scale=(.7, 1.), head='stages', output_stride=16, rates=(1, 2, 3, 4))
+    small = dict(shrink='labelled', backbone=DEFAULT_BACKBONE, size=160, bs=8, iterations=600, lr=2e-2 / (preset.ann or 1), dropout=.5, bn_momentum=None, crop='square', scale=(.7, 1.), head='stages', output_stride=16, rates=(1, 2, 3, 4))
     return replace(preset, **{**small, **changes})
 
 STUDY = {k: study(v) for k, v in PAPER.items()}
