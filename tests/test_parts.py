@@ -6,15 +6,17 @@ import pytest
 import torch
 from torch import nn
 
+from wsss_nb.data.blocks import Augment
 from wsss_nb.data.densepose import MIRRORED
 from wsss_nb.data.items import UNLABELLED, VOID, InputError
+from wsss_nb.segment.frozen import frozen_learner
 from wsss_nb.segment.nets import SegmentNet
 from wsss_nb.segment.predict import Segmenter, check_swap, load_segmenter, swap_classes
 from wsss_nb.segment.spml import load_spml, spml_learner
 from wsss_nb.segment.spread import Embedder, load_embedder
 from wsss_nb.study import parts
 from wsss_nb.study.cli import main
-from wsss_nb.study.spml import LabelsStudy
+from wsss_nb.study.spml import LabelsStudy, short_frozen
 from wsss_nb.study.tables import Table
 
 SWAP = MIRRORED[:15].tolist()
@@ -101,6 +103,14 @@ def test_models_know_their_sides(study):
     assert load_spml(t.embedding.folder)[1]['sides'] == load_embedder(t.embedding.folder).sides == model.sides == SWAP
 
 
+@pytest.mark.parametrize('learner', (short_frozen, frozen_learner))
+def test_classifiers_learn_mirror_images_with_swapped_sides(study, learner):
+    t = parts.teach_parts(study, 'points', 0)
+    learn = learner(study.train, t.read, t.embedding.folder, size=64, bs=4)
+    found = [x.sides for x in learn.dls.train.after_item.fs if isinstance(x, Augment)]
+    assert len(found) == 1 and np.array_equal(found[0][0], MIRRORED)
+
+
 def test_a_model_with_wrong_sides_is_named(study, tmp_path):
     t = parts.teach_parts(study, 'points', 0)
     load_segmenter(parts.names_stage(study, t, study.seeded(0))/'model').save(tmp_path)
@@ -129,7 +139,6 @@ def test_mirrored_label_maps_swap_sides_and_keep_254_and_255(study):
 
 
 def parts_augment(flip):
-    from wsss_nb.data.blocks import Augment
     return Augment((1., 1.), flip=flip, brightness=0., contrast=0., sides={0: MIRRORED})
 
 
@@ -166,7 +175,6 @@ def test_unknown_row(study):
 def test_labels_beyond_the_border_are_void_where_classes_have_sides():
     "There the photo goes on as its mirror image, in which a left hand is a right one."
     from fastai.torch_core import TensorImage, TensorMask
-    from wsss_nb.data.blocks import Augment
     image, label = TensorImage(torch.zeros(3, 20, 20, dtype=torch.uint8)), TensorMask(torch.full((20, 20), 2, dtype=torch.uint8))
     for flip, number in ((0., 2), (1., 3)):
         _, m = Augment((2., 2.), flip, 0., 0., sides={0: MIRRORED})((image, label), split_idx=0)

@@ -8,13 +8,14 @@ Docs: https://wsss-nb.github.io/wsss_nb/30_segment/frozen.html.md"""
 __all__ = ['blur', 'Degrade', 'frozen_learner', 'train_frozen']
 
 # %% ../../nbs/30_segment/09_frozen.ipynb #d7359887
+import copy
 import cv2, numpy as np, torch
 from fastai.learner import Learner
 from fastai.torch_core import TensorImage
 from torch import nn
 
 # %% ../../nbs/30_segment/09_frozen.ipynb #89578b7a
-from ..data.blocks import Augment
+from ..data.blocks import Augment, check_sides
 from ..localize.training import fit
 from .learner import segment_learner
 from .spml import WarmPoly, caffe_sgd, decay_groups, load_spml
@@ -48,20 +49,27 @@ class Degrade(Augment):
         return TensorImage(torch.from_numpy(np.ascontiguousarray(x)).permute(2, 0, 1)), *rest
 
 # %% ../../nbs/30_segment/09_frozen.ipynb #d7f84b37
+def _sided(augment, sides):
+    "A transform whose mirror images swap the sides of an embedding."
+    augment = Augment() if augment is True else augment
+    if not sides or augment is False: return augment
+    augment = copy.copy(augment)
+    augment.sides = check_sides({0: [*sides, *range(len(sides), 256)]})
+    return augment
+
 def frozen_learner(
     view,                   # `View`: which images, any supervision
     read_label,             # function(item) → uint8 H×W, class ids, 254 unlabelled, 255 void
     embedding,              # folder written by `save_spml`
     dropout: float = .65,   # in the classifier
-    augment=None,           # True, False or an `Augment`; None: `Degrade`, with the embedding's sides
+    augment=None,           # True, False or an `Augment`; None: `Degrade()`. It gets the sides of the embedding
     **kwargs,               # of `segment_learner`, whose `arch` and `backbone` are those of the embedding
 )->Learner:
     "A learner for a fresh classifier on a trained embedding."
     net, about = load_spml(embedding)
     c = net.config
     own = dict(arch='spml', backbone=c['backbone'], pretrained=False, freeze=True, dim=c['dim'], head=c['head'], rates=c['rates'], output_stride=c['output_stride'], dropout=dropout)
-    sides = {0: [*about['sides'], *range(len(about['sides']), 256)]} if about['sides'] else None
-    learn = segment_learner(view, read_label, augment=Degrade(sides=sides) if augment is None else augment, **{**kwargs, **own})
+    learn = segment_learner(view, read_label, augment=_sided(Degrade() if augment is None else augment, about['sides']), **{**kwargs, **own})
     learn.model.net.encoder.load_state_dict(nn.ModuleList([net.encoder, net.head]).state_dict())
     learn.segment |= {k: about[k] for k in ('mean', 'std', 'sides')}
     return learn
