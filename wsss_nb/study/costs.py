@@ -85,7 +85,7 @@ def cost_figure(
     kinds = sorted({f[1] for f in found}, key=seconds.get)
     for kind in kinds: _spots(ax, seconds, kind, [f for f in found if f[1] == kind], marker, colour)
     for name in names: ax.plot([], [], marker[name], color=colour[name], label=name)
-    ax.set(xscale='log', xlabel='seconds of labelling for a photo', ylabel='mIoU on val', ylim=(0, None))
+    ax.set(xscale='log', xlabel='seconds of labelling for a photo', ylabel='mIoU on val', ylim=(0, None)); ax.margins(x=.1)
     ax.set_xticks([seconds[k] for k in kinds], [f'{k}\n{seconds[k]:.0f} s' for k in kinds]); ax.minorticks_off()
     ax.legend(frameon=False, fontsize=8, loc='lower right'); ax.grid(axis='y', alpha=.3)
     for side in ('top', 'right'): ax.spines[side].set_visible(False)
