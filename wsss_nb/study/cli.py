@@ -49,11 +49,17 @@ def _table(a):
     s = pets_settings(a.profile or ('full' if 'pets' in folders else None), seed=a.seed or 0, **({'seeds': tuple(a.seeds)} if a.seeds else {}))
     pets_study_table(a.which, folders.get('pets'), folders.get('background'), a.output, s, workers=a.workers)
 
+
+# %% ../../nbs/50_study/09_cli.ipynb #9a3d4a2e
+def _seeds(a)->dict:
+    "The seeds of a study, where they are given."
+    seeds = a.seeds or ([] if a.seed is None else [a.seed])
+    return {'seeds': tuple(seeds)} if seeds else {}
+
 def _scenes(a):
     "A table of the study of scenes."
     from wsss_nb.study.scenes import paper_settings, scenes_settings, scenes_study_table
-    path, seeds = _folders(a.data, ('voc',)).get('voc'), a.seeds or ([] if a.seed is None else [a.seed])
-    seeds = {'seeds': tuple(seeds)} if seeds else {}
+    path, seeds = _folders(a.data, ('voc',)).get('voc'), _seeds(a)
     if a.profile == 'paper' and not path: raise InputError('paper', 'is a profile for VOC 2012', 'Give its folder: --data voc=FOLDER.')
     s = paper_settings(a.which, **seeds) if a.profile == 'paper' else scenes_settings(a.profile or ('full' if path else None), **seeds)
     scenes_study_table(a.which, path, a.output, s, workers=a.workers)
@@ -61,25 +67,26 @@ def _scenes(a):
 def _labels(a):
     "A table of the study of labels."
     from wsss_nb.study.spml import spml_settings, spml_study_table
-    path, seeds = _folders(a.data, ('voc',)).get('voc'), a.seeds or ([] if a.seed is None else [a.seed])
+    path = _folders(a.data, ('voc',)).get('voc')
     if a.profile == 'paper' and not path: raise InputError('paper', 'is a profile for VOC 2012', 'Give its folder: --data voc=FOLDER.')
-    own = {'seeds': tuple(seeds)} if seeds else {}
-    s = spml_settings(a.profile or ('full' if path else None), **own, strokes='simulated' if a.simulated else 'files')
+    s = spml_settings(a.profile or ('full' if path else None), **_seeds(a), strokes='simulated' if a.simulated else 'files')
     spml_study_table(a.which, path, a.output, s, workers=a.workers)
 
+
+# %% ../../nbs/50_study/09_cli.ipynb #4bef61cf
 def _parts(a):
     "The table of body parts."
     from wsss_nb.study.parts import parts_settings, parts_study_table
-    path, seeds = _folders(a.data, ('densepose',)).get('densepose'), a.seeds or ([] if a.seed is None else [a.seed])
+    path = _folders(a.data, ('densepose',)).get('densepose')
     if a.profile == 'paper' and not path: raise InputError('paper', 'is a profile for DensePose-COCO', 'Give its folder: --data densepose=FOLDER.')
-    parts_study_table(path, a.output, parts_settings(a.profile or ('full' if path else None), **({'seeds': tuple(seeds)} if seeds else {})), workers=a.workers)
+    parts_study_table(path, a.output, parts_settings(a.profile or ('full' if path else None), **_seeds(a)), workers=a.workers)
 
 def _boxes(a):
     "A table of the study of boxes."
     from wsss_nb.study.boxes import boxes_settings, boxes_study_table
-    folders, seeds = _folders(a.data, ('voc', 'coco')), a.seeds or ([] if a.seed is None else [a.seed])
+    folders = _folders(a.data, ('voc', 'coco'))
     if a.profile == 'paper' and 'voc' not in folders: raise InputError('paper', 'is a profile for VOC 2012', 'Give its folder: --data voc=FOLDER.')
-    s = boxes_settings(a.profile or ('full' if 'voc' in folders else None), **({'seeds': tuple(seeds)} if seeds else {}))
+    s = boxes_settings(a.profile or ('full' if 'voc' in folders else None), **_seeds(a))
     boxes_study_table(a.which, folders.get('voc'), a.output, s, workers=a.workers, coco_path=folders.get('coco'))
 
 # %% ../../nbs/50_study/09_cli.ipynb #750573f3

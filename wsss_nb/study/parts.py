@@ -99,11 +99,11 @@ def teach_parts(study, row, seed)->Taught:
 # %% ../../nbs/50_study/09_parts.ipynb #5c60b939
 def joined_sides(
     matrix,     # counts …×n×n
-    sides=MIRRORED,     # number of the other side of each class
+    sides=None,         # number of the other side of each class; None: DensePose's
 )->np.ndarray:  # counts, the classes of two sides as one
     "Confusion counts that do not tell left from right."
     n = np.shape(matrix)[-1]
-    first = np.minimum(np.arange(n), np.asarray(sides[:n], int))
+    first = np.minimum(np.arange(n), np.asarray((MIRRORED if sides is None else sides)[:n], int))
     names, place = np.unique(first, return_inverse=True)
     to = np.eye(len(names), dtype=np.int64)[place]
     return np.einsum('...ij,ia,jb->...ab', matrix, to, to)
