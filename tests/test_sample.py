@@ -157,7 +157,7 @@ def test_sample_is_reused_and_never_overwrites(tmp_path, monkeypatch):
     root = sample(tmp_path/'s', profile='smoke')
     assert {p.name for p in root.iterdir()} == {'pets', 'voc', 'background', 'sample.json'} and (root/'voc/VOC2012').is_dir()
     before = digests(root)
-    monkeypatch.setattr('wsss_nb.data.sample._render_all', lambda *a: pytest.fail('rendered again'))
+    monkeypatch.setattr('wsss_nb.data.sample._render_all', lambda *a, **k: pytest.fail('rendered again'))
     assert sample(tmp_path/'s', profile='smoke') == root and digests(root) == before
     with pytest.raises(InputError, match='something other'): sample(tmp_path/'s', profile='smoke', seed=1)
     (tmp_path/'mine').mkdir(); (tmp_path/'mine/thesis.txt').write_text('all of it')
@@ -175,7 +175,9 @@ def test_a_broken_render_leaves_nothing_behind(tmp_path, monkeypatch):
 def test_two_processes_may_want_the_same_sample(tmp_path, monkeypatch):
     import wsss_nb.data.sample as module
     real = module._render_all
-    def both(tmp, *a): real(tmp, *a); real(tmp_path/'s', *a)      # another process finishes while we render
+    def both(tmp, **kwargs):
+        real(tmp, **kwargs)
+        monkeypatch.setattr(module, '_render_all', real); sample(tmp_path/'s', profile='smoke')     # another process finishes while we render
     monkeypatch.setattr(module, '_render_all', both)
     root = sample(tmp_path/'s', profile='smoke')
     assert (root/'sample.json').is_file() and [p.name for p in tmp_path.iterdir()] == ['s']

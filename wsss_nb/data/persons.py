@@ -10,21 +10,20 @@ __all__ = ['NUMBER', 'ARMS', 'LEGS', 'MOST', 'EACH', 'VERSION', 'PERSONS', 'Body
            'person_points', 'person_annotation', 'render_persons', 'persons']
 
 # %% ../../nbs/00_data/12_persons.ipynb #d278fa9f
-import json, os, shutil
+import json
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 # %% ../../nbs/00_data/12_persons.ipynb #0bd27a79
 import cv2, numpy as np
 from fastcore.basics import patch
-from joblib import Parallel, delayed
 from pycocotools import mask as rle
 
 # %% ../../nbs/00_data/12_persons.ipynb #ad5b2445
 from .coco import annotation
 from .densepose import MIRRORED, PART_OF, PARTS
-from .items import InputError, atomic
-from .sample import HAIR, S, SKIN, Clay, Picture, Sprite, _clutter, _default_path, _ellipse, _frame, _indoors, _is_ready, _jpeg, _occlude, _outdoors, _tube, curve, filled, finish, photograph, stream, texture
+from .sample import HAIR, S, SKIN, Clay, Picture, Sprite, _clutter, _each, _ellipse, _frame, _indoors, _jpeg, _occlude, _outdoors, _parts_of, _tube, curve, filled, finish, photograph, rendered, stream, texture
 
 # %% ../../nbs/00_data/12_persons.ipynb #b83e9c5d
 NUMBER = {n: i for i, n in enumerate(PARTS, 1)}
@@ -324,12 +323,6 @@ def _person_files(folder, name, number, size, seed):
     image = dict(id=number, file_name=f'{name}.jpg', height=rgb.shape[0], width=rgb.shape[1])
     return image, [person_annotation(p, number * 10 + i, number) for i, p in enumerate(persons)]
 
-def _some_files(jobs):
-    "The same for several, in another process."
-    from wsss_nb.data import persons
-    cv2.setNumThreads(1)
-    return [persons._person_files(*j) for j in jobs]
-
 # %% ../../nbs/00_data/12_persons.ipynb #6acd60b4
 def render_persons(
     path,               # folder to write into
@@ -344,7 +337,7 @@ def render_persons(
     for d in ('annotations', 'train2014', 'val2014'): (path/d).mkdir(parents=True, exist_ok=True)
     for split, folder, n, first in (('train', 'train2014', n_train, 1), ('minival', 'val2014', n_val, 500_001)):
         jobs = [(str(path/folder), f'COCO_{folder}_{i:012d}', i, size, seed) for i in range(first, first + n)]
-        found = [r for part in Parallel(max(1, min(workers or os.cpu_count() or 1, n // 8)))(delayed(_some_files)(jobs[i:i + 8]) for i in range(0, n, 8)) for r in part]
+        found = _each(_person_files, jobs, workers, 'rendering persons', 'wsss_nb.data.persons')
         content = dict(info={'description': 'Rendered persons'}, images=[i for i, _ in found], annotations=[a for _, more in found for a in more],
                        categories=[{'id': 1, 'name': 'person', 'supercategory': 'person'}])
         (path/f'annotations/densepose_coco_2014_{split}.json').write_text(json.dumps(content))
@@ -362,20 +355,5 @@ def persons(
     workers=None,   # processes; None: all cores
 )->Path:            # folder in the layout of DensePose-COCO
     "The rendered persons: made on the first call, reused afterwards. `InputError` if the folder is something else."
-    profile = profile or os.environ.get('WSSS_PROFILE') or 'sample'
-    what = PERSONS.get({'full': 'sample'}.get(profile, profile))
-    if what is None: raise ValueError(f'no profile {profile!r}; there are smoke, sample and full')
-    stamp = json.dumps(dict(persons=VERSION, seed=seed, **what), sort_keys=True)
-    path = Path(path or _default_path(stamp))
-    if _is_ready(path, stamp): return path
-    try:
-        with atomic(path) as new: _make(new, what, seed, workers, stamp)
-    except InputError:      # another process may have been faster
-        if not _is_ready(path, stamp): raise
-        shutil.rmtree(new, ignore_errors=True)
-    return path
-
-def _make(path, what, seed, workers, stamp):
-    try: render_persons(path, **what, seed=seed, workers=workers)
-    except BaseException: shutil.rmtree(path, ignore_errors=True); raise
-    (path/'sample.json').write_text(stamp)
+    what = _parts_of(PERSONS, profile)
+    return rendered(path, dict(persons=VERSION, seed=seed, **what), partial(render_persons, **what, seed=seed, workers=workers))

@@ -9,12 +9,12 @@ __all__ = ['VERSION', 'S', 'TEXTURES', 'BREEDS', 'EARS', 'TAILS', 'POSES', 'VARI
            'VOC', 'THINGS', 'HOMES', 'SKIN', 'HAIR', 'PROFILES', 'stream', 'spectral', 'texture', 'curve', 'filled',
            'Clay', 'Sprite', 'finish', 'Breed', 'Coat', 'head', 'pet_sprite', 'Thing', 'drawing', 'thing_sprite',
            'tint', 'Scene', 'Picture', 'photograph', 'pet_picture', 'voc_xml', 'render_pets', 'object_sprite',
-           'voc_picture', 'void_ring', 'weak_labels', 'render_voc', 'render_background', 'sample']
+           'voc_picture', 'void_ring', 'weak_labels', 'render_voc', 'render_background', 'sample', 'rendered']
 
 # %% ../../nbs/00_data/01_sample.ipynb #731f3887
 import os, re, shutil, hashlib, json
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from pathlib import Path
 from zlib import crc32
 
@@ -902,20 +902,21 @@ def _each(
     jobs: list,      # tuples of its arguments
     workers=None,    # processes; None: all cores
     desc: str = '',  # on the progress bar
+    home: str = 'wsss_nb.data.sample',  # module of the function
 )->list:             # results in the order of the jobs
     "Run jobs in parallel processes, in chunks, with a progress bar."
     workers = max(1, min(workers or os.cpu_count() or 1, len(jobs) // 24))
     if workers == 1: return [fn(*j) for j in tqdm(jobs, desc=desc, leave=False, delay=2)]
     chunks = [jobs[i:i + 12] for i in range(0, len(jobs), 12)]
-    run = Parallel(n_jobs=workers, return_as='generator')(delayed(_chunk)(fn.__name__, c) for c in chunks)
+    run = Parallel(n_jobs=workers, return_as='generator')(delayed(_chunk)(home, fn.__name__, c) for c in chunks)
     return [r for c in tqdm(run, desc=desc, total=len(chunks), leave=False, delay=2) for r in c]
 
-def _chunk(name, jobs):
+def _chunk(home, name, jobs):
     "Run jobs in another process, by the module's function of that name (a notebook's own cannot be sent)."
     import cv2
-    from wsss_nb.data import sample
+    from importlib import import_module
     cv2.setNumThreads(1)
-    return [getattr(sample, name)(*j) for j in jobs]
+    return [getattr(import_module(home), name)(*j) for j in jobs]
 
 # %% ../../nbs/00_data/01_sample.ipynb #f50a8205
 def _pet_files(root, name, breed, size, seed, xml):
@@ -1188,20 +1189,15 @@ def sample(
     workers=None,    # processes; None: all cores
 )->Path:             # folder that holds `pets`, `voc/VOC2012`, `background`
     "The rendered sample: made on the first call, reused afterwards. `InputError` if the folder is something else."
+    what = _parts_of(PROFILES, profile)
+    return rendered(path, dict(version=VERSION, seed=seed, **what), partial(_render_all, what=what, seed=seed, workers=workers))
+
+def _parts_of(profiles, profile):
+    "What a profile renders."
     profile = profile or os.environ.get('WSSS_PROFILE') or 'sample'
-    what = PROFILES.get({'full': 'sample'}.get(profile, profile))
+    what = profiles.get({'full': 'sample'}.get(profile, profile))
     if what is None: raise ValueError(f'no profile {profile!r}; there are smoke, sample and full')
-    stamp = json.dumps(dict(version=VERSION, seed=seed, **what), sort_keys=True)
-    path = Path(path or _default_path(stamp))
-    if _is_ready(path, stamp): return path
-    try:
-        with atomic(path) as tmp:
-            try: _render_all(tmp, what, seed, workers, stamp)
-            except BaseException: shutil.rmtree(tmp, ignore_errors=True); raise
-    except InputError:      # another process may have been faster
-        if not _is_ready(path, stamp): raise
-        shutil.rmtree(tmp, ignore_errors=True)
-    return path
+    return what
 
 # %% ../../nbs/00_data/01_sample.ipynb #4bc003eb
 def _default_path(stamp):
@@ -1216,9 +1212,26 @@ def _is_ready(path, stamp):
     if f.is_file() and f.read_text() == stamp: return True
     raise InputError(path, 'holds something other than this sample', 'Choose an empty folder, or remove this one.')
 
-def _render_all(root, what, seed, workers, stamp):
+def rendered(
+    path,           # folder; None: $WSSS_DATA, or one in ~/.cache/wsss_nb named by its content
+    content: dict,  # what it holds; kept beside it
+    render,         # function(folder) that makes it
+)->Path:            # the folder
+    "Make a folder on the first call, find it afterwards. `InputError` if it is something else."
+    stamp = json.dumps(content, sort_keys=True)
+    path = Path(path or _default_path(stamp))
+    if _is_ready(path, stamp): return path
+    try:
+        with atomic(path) as tmp:
+            try: render(tmp); (tmp/'sample.json').write_text(stamp)
+            except BaseException: shutil.rmtree(tmp, ignore_errors=True); raise
+    except InputError:      # another process may have been faster
+        if not _is_ready(path, stamp): raise
+        shutil.rmtree(tmp, ignore_errors=True)
+    return path
+
+def _render_all(root, what, seed, workers):
     root.mkdir(parents=True)
     render_pets(root/'pets', **what['pets'], seed=seed, workers=workers)
     render_voc(root/'voc', **what['voc'], seed=seed, workers=workers)
     render_background(root/'background', **what['background'], seed=seed, workers=workers)
-    (root/'sample.json').write_text(stamp)

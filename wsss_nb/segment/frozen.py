@@ -67,8 +67,7 @@ def frozen_learner(
 )->Learner:
     "A learner for a fresh classifier on a trained embedding."
     net, about = load_spml(embedding)
-    c = net.config
-    own = dict(arch='spml', backbone=c['backbone'], pretrained=False, freeze=True, dim=c['dim'], head=c['head'], rates=c['rates'], output_stride=c['output_stride'], dropout=dropout)
+    own = {k: v for k, v in net.config.items() if k not in ('n_classes', 'bn_momentum', 'colour')} | dict(arch='spml', pretrained=False, freeze=True, dropout=dropout)
     learn = segment_learner(view, read_label, augment=_sided(Degrade() if augment is None else augment, about['sides']), **{**kwargs, **own})
     learn.model.net.encoder.load_state_dict(nn.ModuleList([net.encoder, net.head]).state_dict())
     learn.segment |= {k: about[k] for k in ('mean', 'std', 'sides')}

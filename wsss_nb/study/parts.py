@@ -6,8 +6,8 @@ Docs: https://wsss-nb.github.io/wsss_nb/50_study/parts.html.md"""
 
 # %% auto #0
 __all__ = ['PARTS_PROFILES', 'ROWS', 'PARTS_PUBLISHED', 'PartsSettings', 'parts_settings', 'parts_data', 'point_weak',
-           'nearest_stage', 'teach_parts', 'joined_sides', 'miou_of', 'score_parts', 'spml_densepose',
-           'parts_study_table', 'parts_sheet']
+           'nearest_stage', 'teach_parts', 'joined_sides', 'score_parts', 'spml_densepose', 'parts_study_table',
+           'parts_sheet']
 
 # %% ../../nbs/50_study/09_parts.ipynb #d95cfcd0
 import copy, hashlib
@@ -19,7 +19,6 @@ from ..data.densepose import MIRRORED, densepose
 from ..data.items import Dataset, InputError
 from ..data.persons import persons
 from ..data.store import LabelStore
-from ..evaluate.metrics import bootstrap, scores
 from ..segment.spread import load_embedder, write_nearest_labels
 from .main import _complain, _part, profile_settings, read_stored
 from .runs import Run, run_stage
@@ -62,9 +61,10 @@ def parts_data(
     name, path = ('DensePose-COCO', Path(path)) if path is not None else ('Rendered persons', persons(profile='smoke' if s.profile == 'smoke' else 'sample', workers=workers))
     files = {p.name: hashlib.sha256(p.read_bytes()).hexdigest()[:10] for p in sorted((path/'annotations').glob('densepose_coco_*.json'))}
     options = _part(s, 'radius', 'background')
-    def work(run): return {'images': len(densepose(path, run/'labels', workers=workers, **options))}
+    read, made = partial(densepose, path, workers=workers, **options), []
+    def work(run): made.append(read(run/'labels')); return {'images': len(made[0])}
     run = run_stage(root, 'densepose', options | {'files': files}, work, say)
-    ds = densepose(path, run/'labels', workers=workers, **options)
+    ds = read(run/'labels') if not made else made[0]
     missing = {'train', 'minival'} - ds.splits.keys()
     if missing: raise InputError(path, f'no annotations of {" and ".join(sorted(missing))}', 'Fetch densepose_coco_2014_train.json and densepose_coco_2014_minival.json.')
     ds.name, ds.splits['val'] = name, ds.splits['minival']
@@ -108,10 +108,6 @@ def joined_sides(
     to = np.eye(len(names), dtype=np.int64)[place]
     return np.einsum('...ij,ia,jb->...ab', matrix, to, to)
 
-def miou_of(results, change=lambda m: m):     # `Interval`
-    "mIoU over seeds, with a bootstrap interval over photos; `change`: of the counts."
-    return bootstrap(change(np.stack([r.matrix() for r in results], 1)), lambda c: scores(c)['miou'].mean(-1))
-
 def score_parts(study, row)->dict:   # name → `Step`
     "All steps of a row."
     taught, other = [teach_parts(study, row, seed) for seed in study.s.seeds], copy.copy(study)
@@ -137,8 +133,8 @@ def _parts_row(name, steps):
     for k, n in (('pseudo masks', 'spread'), ('network', 'spread ')):
         m = over_seeds(steps[k].results) if k in steps else {}
         row |= {k: m.get('mIoU'), n: m.get('spread')}
-    row |= {'published': PARTS_PUBLISHED if 'no feature' in name else None, 'sides joined': miou_of(steps['network'].results, joined_sides)}
-    return row | {'scales and CRF': miou_of(steps['scales and CRF'].results) if 'scales and CRF' in steps else None}
+    row |= {'published': PARTS_PUBLISHED if 'no feature' in name else None, 'sides joined': over_seeds(steps['network'].results, joined_sides)['mIoU']}
+    return row | {'scales and CRF': over_seeds(steps['scales and CRF'].results)['mIoU'] if 'scales and CRF' in steps else None}
 
 # %% ../../nbs/50_study/09_parts.ipynb #17593153
 def parts_study_table(

@@ -241,9 +241,9 @@ class Step:
     masks: object = None    # store or mapping of the first seed
     more: dict|None = None  # further columns
 
-def over_seeds(results)->dict:
-    "mIoU of one step under several seeds: mean with its interval over photos, and the spread between seeds."
-    counts = np.stack([r.matrix() for r in results], 1)
+def over_seeds(results, change=lambda counts: counts)->dict:
+    "mIoU of one step under several seeds: mean with its interval over photos, and the spread between seeds. `change`: of the confusion counts."
+    counts = change(np.stack([r.matrix() for r in results], 1))
     each = [float(scores(c)['miou']) for c in counts.sum(0)]
     return {'mIoU': bootstrap(counts, lambda c: scores(c)['miou'].mean(-1)), 'spread': max(each) - min(each) if len(each) > 1 else None}
 
