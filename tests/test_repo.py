@@ -242,3 +242,15 @@ def test_commands_of_the_readme_exist():
     makefile = (ROOT/'Makefile').read_text(encoding='utf-8')
     for target in set(re.findall(r'\bmake (\w+)', text)) - {'by'}: assert re.search(rf'^{target}:', makefile, re.M), target
     for link in re.findall(r'\]\((nbs/[^)#]+)', text): assert (ROOT/link).exists(), link
+
+
+# The runner of notebooks
+
+def test_a_notebook_that_fails_fails_the_check(tmp_path):
+    "Each notebook has a process of its own: what one leaves behind (a name, idle workers) does not reach the next, and the check does not wait for it."
+    sources = {'bad': 'assert 1 == 2', 'good': "from joblib import Parallel, delayed\nassert 'left' not in globals()\nleft = Parallel(2)(delayed(abs)(k) for k in range(4))", 'same': "assert 'left' not in globals()"}
+    for k, source in sources.items(): (tmp_path/f'{k}.ipynb').write_text(json.dumps({'cells': [{'cell_type': 'code', 'id': 'a', 'metadata': {}, 'execution_count': None, 'outputs': [], 'source': source}],
+        'metadata': {'kernelspec': {'display_name': 'python3', 'language': 'python', 'name': 'python3'}}, 'nbformat': 4, 'nbformat_minor': 5}))
+    done = subprocess.run([sys.executable, ROOT/'tests/notebooks.py', *(tmp_path/f'{k}.ipynb' for k in sources)], capture_output=True, text=True, timeout=240)
+    assert done.returncode == 1 and '2 of 3 notebooks passed' in done.stdout and re.findall('FAILED .*/(.*).ipynb', done.stdout) == ['bad'], done.stdout + done.stderr
+    assert 'assert 1 == 2' in done.stderr
