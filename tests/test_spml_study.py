@@ -52,6 +52,20 @@ def test_tags_go_round_twice(study):
     assert one.masks.config['names'] is None and two.masks.config['names'] == spml.names_stage(study, one, s).hash
 
 
+def test_labels_from_tags_by_area(study):
+    "A quarter of the pixels beats the background, and as many are called objects as the sure share says; published constants stay as they are."
+    s = study.seeded(0)
+    maps = spml.cam_maps(study, s)
+    scores = spml.tag_scores(maps, study.train, s)
+    strongest = np.concatenate([spml.MapStore(maps/'maps').load(i).values.max(0, initial=0).ravel() for i in study.train.ids])
+    assert np.mean(strongest > (1 - strongest) ** scores['alpha']) == pytest.approx(s.area, abs=.01)
+    assert np.mean(strongest >= scores['least']) == pytest.approx(s.area * s.sure[0], abs=.01)
+    labels = spml.tag_weak(study, s)
+    found = np.concatenate([np.asarray(labels.read(o)).ravel() for o in labels.view])
+    assert 0 < np.mean((found > 0) & (found < UNLABELLED)) < s.area and np.mean(found == UNLABELLED) > 0
+    assert spml.tag_scores(None, None, spml.spml_settings('paper')) == {'alpha': 6., 'least': .2}
+
+
 def test_no_mask_is_read_before_the_scores(photos, tmp_path):
     "Training on labels of all kinds works when the masks of the training photos are gone, and gives the same."
     bare = shutil.copytree(photos, tmp_path/'VOC2012')

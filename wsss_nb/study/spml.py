@@ -6,10 +6,11 @@ Docs: https://wsss-nb.github.io/wsss_nb/50_study/spml.html.md"""
 
 # %% auto #0
 __all__ = ['KINDS', 'SPML_PROFILES', 'SPML_PAPER', 'WEAK', 'NAME_LEARNERS', 'SPML_PUBLISHED', 'SPML_TABLES', 'SPMLSettings',
-           'spml_settings', 'Weak', 'cam_maps', 'tag_weak', 'box_weak', 'stroke_weak', 'mask_weak', 'contours_stage',
-           'read_region', 'preset_of', 'embedding_stage', 'Taught', 'walked_stage', 'neighbours_stage', 'short_frozen',
-           'name_settings', 'names_stage', 'LabelsStudy', 'teach', 'told', 'score_weak', 'score_taught', 'spml_voc',
-           'spml_study_table', 'labels_sheet', 'OwnPhotos', 'stroke_photo_settings', 'segment_strokes']
+           'spml_settings', 'Weak', 'cam_maps', 'tag_scores', 'tag_weak', 'box_weak', 'stroke_weak', 'mask_weak',
+           'contours_stage', 'read_region', 'preset_of', 'embedding_stage', 'Taught', 'walked_stage',
+           'neighbours_stage', 'short_frozen', 'name_settings', 'names_stage', 'LabelsStudy', 'teach', 'told',
+           'score_weak', 'score_taught', 'spml_voc', 'spml_study_table', 'labels_sheet', 'OwnPhotos',
+           'stroke_photo_settings', 'segment_strokes']
 
 # %% ../../nbs/50_study/08_spml.ipynb #5a9ff234
 import copy
@@ -32,10 +33,10 @@ from ..segment.predict import load_segmenter
 from ..segment.spml import PAPER, STUDY, save_spml, train_spml
 from ..segment.spread import load_embedder, named, segment_memory, write_neighbour_labels, write_walked_cams, write_walked_softmax
 from .boxes import Made, boxed, known_only
-from .main import _complain, _part, cam_stage, classifier_stage, profile_settings, read_stored, segment_stage
+from .main import _complain, _part, cam_stage, classifier_stage, profile_settings, read_stored, rule_threshold, segment_stage
 from .photos import keep_model, photo_settings
 from .runs import Run, data_hash, run_stage
-from .scenes import ScenesSettings, ScenesStudy, Step, _limited, keep_table, over_seeds, scenes_data, scenes_sheet, score_nets, score_pseudo, study_table
+from .scenes import ScenesSettings, ScenesStudy, Step, _limited, keep_table, over_seeds, scenes_data, scenes_sheet, score_nets, score_pseudo, study_table, sure_thresholds
 from .tables import Published, Table
 
 # %% ../../nbs/50_study/08_spml.ipynb #1b5a2865
@@ -46,8 +47,8 @@ class SPMLSettings(ScenesSettings):
     "What the study of labels does; every field is part of the name of a run."
     classifier_epochs: int = 4
     cam_scales: tuple = (1., 2.)
-    tag_alpha: float = 6.       # power of the background in labels from tags
-    tag_least: float = .2       # a pixel whose best score is less is unlabelled
+    tag_alpha: float|None = None    # power of the background in labels from tags; None: by area, see `tag_scores`
+    tag_least: float = .2       # a pixel whose best score is less is unlabelled; not used by area
     box_least: float = .5       # of a map stretched in its box, for a label
     strokes: str = 'files'      # scribbles and points of the data set, or 'simulated' ones, drawn on its masks
     contours: str = 'felzenszwalb'  # regions of low-level similarity
@@ -70,7 +71,7 @@ SPML_PROFILES = {
 }
 
 # %% ../../nbs/50_study/08_spml.ipynb #d1c7b0af
-SPML_PAPER = SPMLSettings('paper', presets='paper', steps=30_000, segment_size=512, name_train='paper', name_epochs=6, name_lr=3e-3, segment_bs=16)     # twke18/SPML @f09e4c3, bashscripts
+SPML_PAPER = SPMLSettings('paper', presets='paper', tag_alpha=6., steps=30_000, segment_size=512, name_train='paper', name_epochs=6, name_lr=3e-3, segment_bs=16)     # twke18/SPML @f09e4c3, bashscripts
 
 def spml_settings(
     profile: str|None = None,   # 'smoke', 'sample', 'full' or 'paper'; $WSSS_PROFILE or 'sample' by default
@@ -87,6 +88,7 @@ class Weak:
     read: object        # function(item) → uint8 H×W, 254 unlabelled, 255 void
     hash: str           # names the labels
     maps: Run|None = None   # activation maps, with tags
+    alpha: float|None = None    # power of their background
     simulated: bool = False # whether a hand was simulated
 
 def cam_maps(study, s: SPMLSettings)->Run:
@@ -94,15 +96,24 @@ def cam_maps(study, s: SPMLSettings)->Run:
     view = study.train
     return cam_stage(study.root, view, s, classifier_stage(study.root, view, s, data_hash(view), study.say), data_hash(view), study.say)
 
+# %% ../../nbs/50_study/08_spml.ipynb #3891ef1d
+def tag_scores(maps: Run, view, s: SPMLSettings)->dict:     # `alpha` and `least` of `tag_labels`
+    "How activation maps become labels: as published, or by area."
+    if s.tag_alpha is not None: return {'alpha': s.tag_alpha, 'least': s.tag_least}
+    t = min(max(rule_threshold(maps, view, s), .01), .99)
+    return {'alpha': round(float(np.log(t) / np.log1p(-t)), 4), 'least': float(sure_thresholds(maps, view, s)[0])}
+
 def tag_weak(study, s: SPMLSettings)->Weak:
     "Label maps from tags."
     view, maps = study.train, cam_maps(study, s)
+    scores = tag_scores(maps, view, s)
     def work(run):
-        _complain(write_tag_labels(view, MapStore(maps/'maps'), LabelStore(run/'masks'), study.workers, alpha=s.tag_alpha, least=s.tag_least), run.folder)
+        _complain(write_tag_labels(view, MapStore(maps/'maps'), LabelStore(run/'masks'), study.workers, **scores), run.folder)
         return {'images': len(view)}
-    run = run_stage(study.root, 'tag_labels', _part(s, 'tag_alpha', 'tag_least') | {'maps': maps.hash}, work, study.say)
-    return Weak(view, partial(read_stored, store=LabelStore(run/'masks')), run.hash, maps)
+    run = run_stage(study.root, 'tag_labels', scores | {'maps': maps.hash}, work, study.say)
+    return Weak(view, partial(read_stored, store=LabelStore(run/'masks')), run.hash, maps, scores['alpha'])
 
+# %% ../../nbs/50_study/08_spml.ipynb #3891ef1e
 def box_weak(study, s: SPMLSettings)->Weak:
     "Label maps from boxes."
     view, maps = boxed(study.dataset.view('boxes', 'train')).keep(lambda o: o.id in set(study.train.ids)), cam_maps(study, s)
@@ -190,13 +201,13 @@ def neighbours_stage(study, t: Taught, s: SPMLSettings, names: Run|None = None)-
     view = t.weak.view
     def work(run):
         embedder, first = load_embedder(t.embedding.folder), LabelStore(run/'first')
-        if names is None: bad = write_walked_cams(embedder, view, MapStore(t.weak.maps/'maps'), first, study.workers, alpha=s.tag_alpha, cell=s.walk_cell)
+        if names is None: bad = write_walked_cams(embedder, view, MapStore(t.weak.maps/'maps'), first, study.workers, alpha=t.weak.alpha, cell=s.walk_cell)
         else: bad = write_walked_softmax(named(embedder, load_segmenter(names/'model')), view, first, t.weak.read, study.workers, s.second_scales, steps=1, settings=None, cell=s.walk_cell)
         _complain(bad, run.folder)
         memory = segment_memory(embedder, view, partial(read_stored, store=first))
         _complain(write_neighbour_labels(embedder, view, memory, LabelStore(run/'masks'), t.weak.read, study.workers), run.folder)
         return {'images': len(view)}
-    config = _part(s, 'walk_cell', 'tag_alpha', 'second_scales') | {'embedding': t.embedding.hash, 'images': view.ids, 'labels': t.weak.hash, 'names': names and names.hash}
+    config = _part(s, 'walk_cell', 'second_scales') | {'alpha': t.weak.alpha, 'embedding': t.embedding.hash, 'images': view.ids, 'labels': t.weak.hash, 'names': names and names.hash}
     return run_stage(study.root, 'neighbours', config, work, study.say)
 
 # %% ../../nbs/50_study/08_spml.ipynb #865246a0
