@@ -16,7 +16,7 @@ study: $(READY)  ## the main job on the sample: tags in, masks out, a table and 
 
 test: $(READY)  ## every notebook as a test, then pytest
 	$(TESTING) $(BIN)/python tests/notebooks.py
-	$(TESTING) $(BIN)/python -m pytest -q -n 2 --dist loadfile
+	$(TESTING) $(BIN)/python -m pytest -q -n 2 --dist loadfile --durations 12
 
 lab: $(READY)  ## JupyterLab on the notebooks
 	$(BIN)/jupyter lab --notebook-dir=nbs

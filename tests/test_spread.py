@@ -20,10 +20,10 @@ def write(path, image): Image.fromarray(image).save(path)
 
 class Colours(nn.Module):
     "An embedding that everybody can follow: the colour of a place, grey in a direction of its own, four times as coarse."
-    def forward(self, x):
+    def embed(self, x):
         c = nn.functional.avg_pool2d(x, 4)
-        e = torch.cat([torch.ones_like(c[:, :1]), 4 * c], 1)
-        return e, torch.cat([-c.abs().sum(1, keepdim=True), c], 1) * 4
+        return torch.cat([torch.ones_like(c[:, :1]), 4 * c], 1)
+    def classify(self, e): return torch.cat([-e[:, 1:].abs().sum(1, keepdim=True), e[:, 1:]], 1)
 
 
 class View(list):
@@ -165,6 +165,23 @@ def test_bad_photos_and_labels_are_named(embedder, photos, tmp_path):
     assert [i for i, _ in problems] == [o.id for o in photos] and all('no labelled pixel' in p for _, p in problems)
 
 
+def test_an_embedder_gives_what_its_network_gives(photos):
+    "Whatever the layout in memory, with and without mirror images, as vectors alone or with probabilities."
+    from wsss_nb.segment.embedding import EmbeddingNet
+    net = EmbeddingNet(4, 'resnet18', 8, 'stages', rates=(1, 2), pretrained=False).eval()
+    x = torch.randn(2, 3, 64, 64)
+    with torch.no_grad(): want = [net(v) for v in (x, x.flip(3))]
+    embedder = spread.Embedder(net, ('background', *View.classes), 64)
+    embedder.batch = lambda images, scale: x.contiguous(memory_format=torch.channels_last)
+    e, m, p = embedder([0, 0])
+    torch.testing.assert_close(e, want[0][0], rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(m, want[1][0].flip(3), rtol=1e-3, atol=1e-4)
+    torch.testing.assert_close(p, (want[0][1].softmax(1) + want[1][1].flip(3).softmax(1)) / 2, rtol=1e-3, atol=1e-4)
+    assert [torch.equal(a, b) for a, b in zip(embedder.embeddings([0, 0]), (e, m))] == [True, True]
+    alone, = embedder.embeddings([0, 0], mirror=False)
+    assert torch.equal(alone, e)
+
+
 def test_one_segment_only(embedder, tmp_path):
     "A photo of one colour has no neighbour but itself; nothing divides by zero (S10)."
     write(tmp_path/'flat.png', np.full((SIZE, SIZE, 3), 200, np.uint8))
@@ -179,12 +196,12 @@ def test_interrupted_and_resumed(embedder, photos, tmp_path, monkeypatch):
     "What was finished stays, byte by byte, and the rest follows."
     whole, part = LabelStore(tmp_path/'whole'), LabelStore(tmp_path/'part')
     spread.write_walked_softmax(embedder, photos, whole, workers=1)
-    seen, ask = [], embedder.net.forward
+    seen, ask = [], embedder.net.embed
     def fails(x):
         seen.append(1)
         if len(seen) > 2: raise KeyboardInterrupt
         return ask(x)
-    monkeypatch.setattr(embedder.net, 'forward', fails)
+    monkeypatch.setattr(embedder.net, 'embed', fails)
     embed = spread.partial(spread._everything, embedder=embedder, scales=(1.,))
     make = spread.partial(spread._softmax_finish, segment_of=photos.segment_of, read_label=None, options={})
     with pytest.raises(KeyboardInterrupt): spread.spread_view(photos, part, embed, make, 2, 1)

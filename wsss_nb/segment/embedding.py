@@ -120,10 +120,16 @@ def classify(self: EmbeddingNet,
     return self.classifier(F.normalize(embedding.detach(), dim=1))
 
 @patch
+def embed(self: EmbeddingNet,
+    x,              # normalised images N×3×H×W, sides multiples of 8
+)->torch.Tensor:    # embedding N×D×H/4×W/4
+    return _embedding(self.encoder, self.head, x)
+
+@patch
 def forward(self: EmbeddingNet,
     x,              # normalised images N×3×H×W, sides multiples of 8
 )->tuple:           # embedding N×D×H/4×W/4, logits N×C×H/4×W/4
-    e = _embedding(self.encoder, self.head, x)
+    e = self.embed(x)
     return e, self.classify(e)
 
 # %% ../../nbs/30_segment/00_embedding.ipynb #36cbabeb

@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from functools import partial
 import numpy as np, torch
 from fastai.torch_core import default_device
+from fastcore.basics import patch
 from joblib import Parallel, delayed
 from torch.nn import functional as F
 from tqdm import tqdm
@@ -42,16 +43,36 @@ class Embedder:
         sides=None,     # what each class is in a mirror image, see `check_swap`
     ):
         self.classes, self.size, self.mean, self.std, self.device = list(classes), int(size), mean, std, default_device()
-        self.net, self.sides = net.eval().to(self.device), check_swap(sides, len(self.classes))
-    @torch.inference_mode()
-    def __call__(self,
-        images,         # uint8 H×W×3 each, any sizes
-        scale: float = 1.,  # of the square
-    )->tuple:           # embeddings N×D×h×w; those of the mirror images, turned back; probabilities N×C×h×w, mean of both
+        self.net, self.sides = net.eval().to(self.device, memory_format=torch.channels_last), check_swap(sides, len(self.classes))
+    def batch(self, images, scale):
+        "Images as the network takes them."
         x = squashed(images, max(8, round(self.size * scale / 8) * 8), self.mean, self.std, self.device)
-        (e, z, *_), (m, v, *_) = self.net(x), self.net(x.flip(3))
-        return e, m.flip(3), (z.float().softmax(1) + swap_classes(v.flip(3).float().softmax(1), self.sides)) / 2
+        return x.contiguous(memory_format=torch.channels_last)
 
+# %% ../../nbs/30_segment/08_spread.ipynb #83b3f125
+@patch
+@torch.inference_mode()
+def embeddings(self: Embedder,
+    images,             # uint8 H×W×3 each, any sizes
+    scale: float = 1.,  # of the square
+    mirror: bool = True,    # with mirror images
+)->list:                # N×D×h×w; with `mirror` those of the mirror images, too, turned back
+    "Embeddings alone."
+    x = self.batch(images, scale)
+    return [self.net.embed(x)] + ([self.net.embed(x.flip(3)).flip(3)] if mirror else [])
+
+@patch
+@torch.inference_mode()
+def __call__(self: Embedder,
+    images,             # uint8 H×W×3 each, any sizes
+    scale: float = 1.,  # of the square
+)->tuple:               # the two of `embeddings`; probabilities N×C×h×w, mean of both
+    "Embeddings, and what the classifier makes of them."
+    e, m = self.embeddings(images, scale)
+    z, v = (self.net.classify(t).float().softmax(1) for t in (e, m.flip(3)))
+    return e, m, (z + swap_classes(v.flip(3), self.sides)) / 2
+
+# %% ../../nbs/30_segment/08_spread.ipynb #83b3f126
 def named(
     embedder: Embedder,
     model,              # `Segmenter` of `frozen_learner`
@@ -115,7 +136,7 @@ def _cam_finish(item, image, e, m, maps, segment_of, options):
     return cam_labels(image, segment_maps(maps.load(item.id), segment_of, image.shape[:2]), [torch.from_numpy(e), torch.from_numpy(m)], **options)
 
 def _both_embeddings(items, images, embedder):
-    return list(zip(*(t.float().cpu().numpy() for t in embedder(images)[:2])))
+    return list(zip(*(t.float().cpu().numpy() for t in embedder.embeddings(images))))
 
 def write_walked_cams(
     embedder: Embedder,
@@ -184,7 +205,7 @@ def segment_memory(
     for i in tqdm(range(0, len(todo), bs), 'memory', delay=2, leave=False):
         items, images, _ = _read_all(todo[i:i + bs])
         labels = [np.asarray(read_label(o)) for o in items]
-        parts += [_known_segments(embedder(images, s)[0], labels, grid, n) for s in scales if items]
+        parts += [_known_segments(embedder.embeddings(images, s, mirror=False)[0], labels, grid, n) for s in scales if items]
     if not sum(len(p[1]) for p in parts): raise InputError(repr(view), 'has no labelled pixel', 'Check the function that reads the labels: 254 is unlabelled, 255 void.')
     return Memory(*(torch.cat(t).cpu() for t in zip(*parts)), n)
 
@@ -207,7 +228,7 @@ def neighbour_scores(
     "Votes of the neighbours, mean over scales and mirror images."
     total, size = 0, max(8, round(embedder.size * max(scales) / 8) * 8) // 4
     for s in scales:
-        for e, sides in zip(embedder(images, s), (None, embedder.sides)): total = total + F.interpolate(swap_classes(_votes(e, memory, k, grid), sides), (size, size), mode='bilinear')
+        for e, sides in zip(embedder.embeddings(images, s), (None, embedder.sides)): total = total + F.interpolate(swap_classes(_votes(e, memory, k, grid), sides), (size, size), mode='bilinear')
     return total / (2 * len(scales))
 
 # %% ../../nbs/30_segment/08_spread.ipynb #b5e89200
@@ -260,7 +281,7 @@ def nearest_scores(
 # %% ../../nbs/30_segment/08_spread.ipynb #f7f47ce1
 def _nearest(items, images, embedder, read_label, grid):
     "Embeddings both ways, and the scores."
-    e, m, _ = embedder(images)
+    e, m = embedder.embeddings(images)
     label = torch.from_numpy(np.stack([squash_labels(np.asarray(read_label(o)), e.shape[2:]) for o in items])).long().to(e.device)
     scores = (nearest_scores(e, label, len(embedder.classes), grid) + nearest_scores(m, label, len(embedder.classes), grid)) / 2
     return list(zip(*(t.float().cpu().numpy() for t in (e, m, scores))))
