@@ -23,7 +23,7 @@ from ..segment.spread import load_embedder, write_nearest_labels
 from .main import _complain, _part, profile_settings, read_stored
 from .runs import Run, run_stage
 from .scenes import background_step, keep_table, over_seeds, scenes_sheet, score_nets, score_pseudo, study_table
-from .spml import LabelsStudy, SPMLSettings, Taught, Weak, embedding_stage, mask_weak, name_settings, names_stage, preset_of
+from .spml import LabelsStudy, SPMLSettings, Taught, Weak, embedding_stage, mask_weak, name_settings, names_stage, network_columns, preset_of
 from .tables import Published, Table
 
 # %% ../../nbs/50_study/09_parts.ipynb #a15663ee
@@ -152,4 +152,4 @@ def parts_study_table(
 
 def parts_sheet(study, steps, path=None, n: int = 6, width: int = 104):   # `Figure`
     "Photos of minival at even ranks of the scores, and what the networks of each row make of them."
-    return scenes_sheet(study, [t for t in steps if t.name.endswith(': network')], path, n, width)
+    return scenes_sheet(study, network_columns(steps), path, n, width)

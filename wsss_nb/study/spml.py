@@ -9,7 +9,7 @@ __all__ = ['KINDS', 'SPML_PROFILES', 'SPML_PAPER', 'WEAK', 'NAME_LEARNERS', 'SPM
            'spml_settings', 'Weak', 'cam_maps', 'tag_scores', 'tag_weak', 'box_weak', 'stroke_weak', 'mask_weak',
            'contours_stage', 'read_region', 'preset_of', 'embedding_stage', 'Taught', 'walked_stage',
            'neighbours_stage', 'short_frozen', 'name_settings', 'names_stage', 'LabelsStudy', 'teach', 'told',
-           'score_weak', 'score_taught', 'spml_voc', 'spml_study_table', 'labels_sheet', 'OwnPhotos',
+           'score_weak', 'score_taught', 'spml_voc', 'spml_study_table', 'network_columns', 'labels_sheet', 'OwnPhotos',
            'stroke_photo_settings', 'segment_strokes']
 
 # %% ../../nbs/50_study/08_spml.ipynb #5a9ff234
@@ -313,9 +313,13 @@ def spml_study_table(
     table, steps = SPML_TABLES[which](study)
     return keep_table(study, table, which, partial(labels_sheet, study, steps))
 
+def network_columns(steps)->list:
+    "The steps that are networks at one size, by the name of what taught them."
+    return [replace(t, name=t.name.removesuffix(': network')) for t in steps if t.name.endswith(': network')]
+
 def labels_sheet(study: LabelsStudy, steps, path=None, n: int = 6, width: int = 104):   # `Figure`
     "Photos of val at even ranks of the scores, and what the networks of each kind of label make of them."
-    return scenes_sheet(study, [t for t in steps if t.name.endswith(': network')], path, n, width)
+    return scenes_sheet(study, network_columns(steps), path, n, width)
 
 # %% ../../nbs/50_study/08_spml.ipynb #f4f10305
 @dataclass
