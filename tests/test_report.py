@@ -163,6 +163,18 @@ def test_long_headings_are_broken_and_stay_over_their_tiles():
     assert max(b.width for b in boxes) < 104 + 5 and max(b.y1 for b in boxes) <= fig.get_size_inches()[1] * fig.dpi
     assert titles[0].get_text().count('\n') == 1 and titles[2].get_text() == 'truth'
 
+@pytest.mark.parametrize('n', (2, 30))
+def test_a_legend_of_many_classes_stays_inside_its_sheet(n):
+    names = ['background', *(f'a rather long name {k}' for k in range(1, n + 1))]
+    mask = np.arange(40 * 40, dtype=np.uint8).reshape(40, 40) % (n + 1)
+    fig = picture_sheet([{'image': np.zeros((40, 40, 3), np.uint8), 'mask': mask}], None, ('image', 'mask'), 150, classes=names)
+    draw = FigureCanvasAgg(fig).get_renderer()
+    W, H = fig.get_size_inches() * fig.dpi
+    boxes = [t.get_window_extent(draw) for t in fig.texts]
+    assert {t.get_text() for t in fig.texts} == {'■', *names[1:]} and all(b.x0 >= 0 and b.x1 <= W + 1 and b.y0 >= -1 for b in boxes)
+    assert max(b.y1 for b in boxes) < min(ax.get_position().y0 for ax in fig.axes) * H + 2 and (len({round(b.y0) for b, t in zip(boxes, fig.texts) if t.get_text() == '■'}) > 1) == (n > 2)
+
+
 def test_spread_runs_from_worst_to_best(tmp_path):
     data, preds = made(tmp_path)
     r = evaluate_predictions(preds, data, 'test')

@@ -259,8 +259,9 @@ def picture_sheet(
     tiles = [[_tile(r, c, width) for c in columns] for r in rows]
     heights = [max(t.shape[0] for t in ts if t is not None) for ts in tiles]
     heads = [fill(c, max(6, int(width * 15 / dpi))) for c in columns]     # less than seven pixels a letter at 100 dots an inch
-    fig, cells = _grid(len(columns), heights, width, dpi, 20 if classes else 2, top=24 + max(h.count('\n') for h in heads) * dpi // 7)
-    if classes: _legend(fig, rows, columns, classes)
+    lines = _legend_lines(rows, columns, classes, 22 + len(columns) * (width + 5), dpi) if classes else []
+    fig, cells = _grid(len(columns), heights, width, dpi, 2 + 18 * len(lines), top=24 + max(h.count('\n') for h in heads) * dpi // 7)
+    _legend(fig, lines, classes)
     for r, ts, axes in zip(rows, tiles, cells):
         for c, t, ax in zip(columns, ts, axes): _draw(ax, t, r.get('notes', {}).get(c))
         axes[0].text(-.05, .5, r.get('label', ''), rotation=90, ha='right', va='center', transform=axes[0].transAxes, fontsize=7, color='#555')
@@ -279,14 +280,24 @@ def _grid(n, heights, width, dpi, bottom=2, gap=5, left=22, top=24):
     cells = [[fig.add_axes([(left + k * (width + gap)) / W, b / H, width / W, h / H]) for k in range(n)] for b, h in zip(y, heights)]
     return fig, cells
 
-def _legend(fig, rows, columns, classes):
+def _legend_lines(rows, columns, classes, W, dpi):
+    "The classes that occur, each with its place across, in lines that fit the sheet."
     masks = [np.asarray(r[c]) for r in rows for c in columns if r.get(c) is not None]
     seen = set().union(*(np.unique(m).tolist() for m in masks if m.ndim == 2 and m.dtype.kind != 'f')) & set(range(1, len(classes)))
-    W, x = fig.get_size_inches()[0] * fig.dpi, 26
+    lines, x = [[]], 26
     for k in sorted(seen):
-        fig.text(x / W, .005, '■', color=overlay_colours()[k] / 255, fontsize=9, va='bottom')
-        fig.text((x + 15) / W, .005, classes[k], color='#222', fontsize=8, va='bottom')
-        x += 27 + 6.2 * len(classes[k]) * fig.dpi / 100
+        w = 27 + 6.2 * len(classes[k]) * dpi / 100
+        if x + w > W and lines[-1]: lines.append([]); x = 26
+        lines[-1].append((x, k)); x += w
+    return lines
+
+def _legend(fig, lines, classes):
+    W, H = fig.get_size_inches() * fig.dpi
+    for j, line in enumerate(reversed(lines)):
+        for x, k in line:
+            y = .005 + 18 * j / H
+            fig.text(x / W, y, '■', color=overlay_colours()[k] / 255, fontsize=9, va='bottom')
+            fig.text((x + 15) / W, y, classes[k], color='#222', fontsize=8, va='bottom')
 
 def _draw(ax, tile, note):
     ax.set_axis_off()
