@@ -68,7 +68,7 @@ def test_constant_background_is_the_originals(threshold):
 @pytest.mark.parametrize('alpha', [4, 24, 32])
 def test_power_background_is_the_originals(alpha):
     got = crf_probabilities(G['img'], with_background(G['cam'][None], alpha=alpha), 'psa')
-    np.testing.assert_array_equal(got, G[f'crf_with_alpha{alpha}'])
+    np.testing.assert_allclose(got, G[f'crf_with_alpha{alpha}'], rtol=1e-5, atol=1e-8)     # the last bit of a power depends on the processor
 
 
 @pytest.mark.parametrize('fg, bg', [(.3, .05), (.4, .1), (.6, .2)])
