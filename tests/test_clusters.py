@@ -11,7 +11,7 @@ from torch.nn import functional as F
 
 from wsss_nb.data.items import VOID
 from wsss_nb.segment.clusters import (
-    Segments, colour_features, cut_segments, grid_clusters, location_features, majority_label, nearest_prototypes, neighbour_label,
+    Segments, _kernel, colour_features, cut_segments, grid_clusters, location_features, majority_label, nearest_prototypes, neighbour_label,
     neighbour_shares, prototypes, retrieve, segment_means, segment_pixels, spherical_kmeans, unit_pixels, with_local)
 
 GOLDEN = Path(__file__).parent/'golden'
@@ -85,6 +85,7 @@ def test_retrieval_of_spml():
     z = golden('retrieval')
     place = retrieve(z['query'], z['memory'])[1]
     assert torch.equal(z['memory_label'][place], z['top20'])
+    assert (z['memory_label'][place] == 0).float().mean() == z['acc'], 'the queries were recorded as class 0'
     assert torch.equal(neighbour_label(place, z['memory_label'], 6), z['majority'])
     _, segments = z['pix_cluster'].unique(return_inverse=True)
     place = retrieve(prototypes(z['pix_emb'], segments), z['memory'])[1]
@@ -96,6 +97,7 @@ def test_local_features_of_spml():
     z = golden('local_features')
     h, w = z['loc_only'].shape[1:3]
     assert torch.equal(location_features(h, w), z['loc_only'][0])
+    assert torch.allclose(_kernel(5, True, None).expand(3, 1, 5, 5), z['kernel'])
     colour = colour_features(z['image'], (h, w), original=True)
     assert torch.allclose(torch.cat([location_features(h, w)[None], colour], 3), z['out'], atol=1e-5)
     ours = colour_features(z['image'], (h, w))

@@ -1,4 +1,5 @@
 "Contour regions: numbers without gaps, borders at edges, basins against a plain flooding, region maps from files that may lie."
+import cv2
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -41,6 +42,24 @@ def test_options_reach_the_methods():
     with pytest.raises(ValueError, match='felzenszwalb, watershed, slic, quick'): contour_regions(image, 'hed')
     with pytest.raises(TypeError, match='uint8'): contour_regions(image / 255)
     assert {*CONTOURS} == {'felzenszwalb', 'watershed'}
+
+
+@tidy
+@given(st.integers(0, 10**6), st.integers(16, 60), st.sampled_from(['felzenszwalb', 'watershed', 'slic', 'quick']))
+def test_regions_of_a_reduced_copy(seed, longest, method):
+    "They have the image's size and numbers without gaps; a copy is never larger than the image."
+    image = picture(seed)
+    r = contour_regions(image, method, longest)
+    assert r.shape == (H, W) and np.array_equal(np.unique(r), np.arange(r.max() + 1))
+    if longest >= W: assert np.array_equal(r, contour_regions(image, method))
+
+
+def test_a_reduced_copy_has_fewer_regions():
+    "The cut is made on a copy of the longer side asked for."
+    image = np.random.default_rng(0).integers(0, 256, (96, 144, 3), np.uint8)
+    small = cv2.resize(image, (48, 32), interpolation=cv2.INTER_AREA)
+    assert np.array_equal(contour_regions(image, longest=48), contour_regions(small).repeat(3, 0).repeat(3, 1))
+    with pytest.raises(ValueError, match='at least 16'): contour_regions(image, longest=8)
 
 
 def flooded(edges, depth):

@@ -5,7 +5,7 @@ import torch
 from fastai.callback.core import Callback
 from scipy.ndimage import correlate
 
-from wsss_nb.data.items import InputError, read_image, read_mask
+from wsss_nb.data.items import UNLABELLED, InputError, read_image, read_mask
 from wsss_nb.data.voc import voc
 from wsss_nb.segment.frozen import Degrade, blur, frozen_learner, train_frozen
 from wsss_nb.segment.learner import train_segmenter
@@ -106,3 +106,20 @@ def test_saved_and_named(view, options, embedding, tmp_path):
 
 def test_an_embedding_that_is_none(view, tmp_path):
     with pytest.raises(InputError, match='not a readable SPML network'): frozen_learner(view, scribble, tmp_path)
+
+
+@pytest.mark.parametrize('train', [train_frozen, lambda *a, **k: train_segmenter(*a, learner=frozen_learner, **k)])
+def test_no_label_anywhere(view, options, train):
+    with pytest.raises(InputError, match='no labelled pixel in any image'): train(view, lambda o: np.full_like(scribble(o), UNLABELLED), 1, **options)
+
+
+def test_a_rate_too_high(view, options):
+    "Weights that are no numbers, as too high a rate leaves them: the photos of the batch are named, and nothing is trained any further."
+    class Spoil(Callback):
+        def before_batch(self):
+            self.seen = self.iter
+            if self.iter == 1: next(self.model.net.classifier.parameters()).data.fill_(torch.nan)
+    spoil = Spoil()
+    with pytest.raises(InputError, match='a loss that is no number in batch 1 of epoch 0. Look at these images and their labels; else take a lower rate') as e: train_frozen(view, scribble, 2, cbs=[spoil], **options)
+    names = e.value.path.split(', ')
+    assert spoil.seen == 1 and len(names) == 4 and set(names) <= set(view.ids)

@@ -327,7 +327,7 @@ def test_hostile_formats_reach_a_batch(tmp_path):
     turned = data['turned']
     view = data.view('tags', 'all').keep(lambda i: i.id == 'turned')
     assert mask_dls(view, lambda i: np.zeros((40, 30), np.uint8), ('thing', 'other'), size=24).one_batch()[1].shape == (1, 24, 24)   # upright: 40 high
-    with pytest.raises(InputError, match='its label map 40×30'): mask_dls(view, lambda i: np.zeros((30, 40), np.uint8), ('thing', 'other'), size=24).train_ds[0]
+    with pytest.raises(InputError, match='its label map is 40×30'): mask_dls(view, lambda i: np.zeros((30, 40), np.uint8), ('thing', 'other'), size=24).train_ds[0]
     assert turned.tags == (1,)
 
 

@@ -4,6 +4,9 @@ from contextlib import suppress
 import numpy as np, pytest, torch
 import segmentation_models_pytorch as smp
 from fastai.callback.core import Callback
+from fastai.data.core import DataLoaders
+from fastai.data.load import DataLoader
+from fastai.learner import Learner
 from hypothesis import given, settings, strategies as st
 from torch.nn import functional as F
 from wsss_nb.data.items import UNLABELLED, VOID, Dataset, InputError, Item, read_mask, write_mask
@@ -127,6 +130,67 @@ def test_groups_and_freeze(dataset):
     for k, p in learn.model.state_dict().items():
         if '.encoder.' in k: assert p.equal(start[k]), k
     assert not learn.model.state_dict()['net.segmentation_head.weight'].equal(start['net.segmentation_head.weight'])
+
+
+# A training that has gone wrong
+
+class Spoil(Callback):
+    "A photo that turns to NaN in the second batch, or all weights; notes what was in it."
+    def __init__(self, what, when): self.what, self.when = what, when
+    def before_batch(self):
+        if (self.iter, self.training) != self.when: return
+        if self.what == 'photo': self.learn.xb = (torch.cat([self.xb[0][:1], torch.full_like(self.xb[0][1:2], torch.nan), self.xb[0][2:]]),)
+        else: next(self.model.parameters()).data.fill_(torch.nan)
+
+
+class Shown(Callback):
+    "The label map of each photo of a batch, as the loader gave it."
+    def before_batch(self): self.seen = [int(m.max()) for m in self.yb[0]]
+
+
+class Still(Callback):
+    order = 5
+    def before_train(self): self.model.eval()     # batch norm would spread it over the batch
+
+
+def numbered(item): return np.full(Image.open(item.image).size[::-1], int(item.id), np.uint8)
+
+
+@pytest.mark.parametrize('what, when, still', [('photo', (1, True), True), ('photo', (1, True), False), ('weights', (1, True), False), ('weights', (0, False), False)])
+def test_a_loss_that_is_no_number(dataset, what, when, still):
+    "Named are batch and photo; with batch norm, or broken weights, all photos of the batch."
+    data = Dataset('discs', tuple('abcdefghi'), dataset.items, dataset.splits)
+    shown = Shown()
+    learn = segment_learner(data.view('tags', 'train'), numbered, valid=data.view('tags', 'test'), augment=False, cbs=[Spoil(what, when), shown, *([Still()] if still else [])], **SMALL)
+    with pytest.raises(InputError) as e, learn.no_bar(), learn.no_logging(): fit(learn, 2, 1e-3)
+    names = [str(n) for n in shown.seen]
+    assert e.value.path == (names[1] if still else ', '.join(names))
+    assert e.value.problem == f'a loss that is no number in {"batch 1" if when[1] else "held-out batch 0"} of epoch 0' and 'lower rate' in e.value.remedy
+
+
+def test_a_loss_of_no_images():
+    "A table has no images to name; the batch is."
+    x = torch.ones(8, 1)
+    dls = DataLoaders(DataLoader(list(zip(x, x / 0)), bs=4), DataLoader([], bs=4))
+    learn = Learner(dls, torch.nn.Linear(1, 1), loss_func=torch.nn.MSELoss())
+    with pytest.raises(InputError, match='training: a loss that is no number in batch 0 of epoch 0'), learn.no_bar(), learn.no_logging(): fit(learn, 1, 1e-3)
+
+
+@pytest.mark.parametrize('value', [UNLABELLED, VOID])
+def test_no_label_anywhere(dataset, value, tmp_path):
+    "Refused before the first step; one labelled pixel in one photo is enough."
+    view = dataset.view('tags', 'train')
+    def none(item): return np.full(Image.open(item.image).size[::-1], value, np.uint8)
+    def one(item):
+        m = none(item)
+        if item.id == '5': m[10:14, 10:14] = 1
+        return m
+    steps = []
+    class Count(Callback):
+        def before_batch(self): steps.append(1)
+    with pytest.raises(InputError, match='no labelled pixel in any image') as e: train_segmenter(view, none, epochs=1, cbs=[Count()], path=tmp_path/'c.pth', **SMALL)
+    assert not steps and not (tmp_path/'c.pth').exists() and '254 is unlabelled' in e.value.remedy
+    assert weights(train_segmenter(view, one, epochs=1, cbs=Count(), **SMALL)).isfinite().all() and len(steps) == 2
 
 
 # Prediction and saved models

@@ -16,7 +16,7 @@ from torch.nn import functional as F
 
 from wsss_nb.data.items import UNLABELLED, VOID, Dataset, InputError, Item
 from wsss_nb.localize.training import fit
-from wsss_nb.segment.clusters import Segments, location_features, segment_pixels
+from wsss_nb.segment.clusters import Segments, location_features, retrieve, segment_pixels
 from wsss_nb.segment.contrast import annotation_loss
 from wsss_nb.segment.embedding import EmbeddingNet
 from wsss_nb.segment.spml import (PAPER, SPML, STUDY, Prototypes, SPMLLoss, SPMLNet, WarmPoly, batch_prototypes, caffe_sgd, gather_rows, load_spml, poly_rate,
@@ -79,10 +79,13 @@ def test_voc_loss(g, memory):
     total.backward()
     p = {k: float(v) for k, v in loss.parts.items()}
     np.testing.assert_allclose(.3 * (p['ce'] + p['ann']), g[f'{memory}_sem_ann_incl_ce'], rtol=1e-5)
-    np.testing.assert_allclose(.3 * p['occ'], g[f'{memory}_sem_occ'], rtol=1e-4)
-    np.testing.assert_allclose(.1 * p['img'], g[f'{memory}_img_sim'], rtol=1e-3)
+    np.testing.assert_allclose(.3 * p['occ'], g[f'{memory}_sem_occ'], rtol=1e-5)
+    np.testing.assert_allclose(.1 * p['img'], g[f'{memory}_img_sim'], rtol=1e-4)
     want = g[f'{memory}_grad_embedding']
-    torch.testing.assert_close(e.grad, want, rtol=0, atol=1e-3 * float(want.abs().max()))
+    torch.testing.assert_close(e.grad, want, rtol=0, atol=5e-4 * float(want.abs().max()))
+    seen = Prototypes.joined([loss.last[0], *loss.memory])
+    accuracy = (seen.label[retrieve(seen.unit, seen.unit, 5)[1]] == seen.label[:, None]).float().mean()
+    np.testing.assert_allclose(accuracy, g[f'{memory}_top5_acc'], rtol=1e-6)     # trap S10: each counts as its own neighbour; only shown here
 
 
 def test_gathered_prototypes():
@@ -100,7 +103,7 @@ def test_gathered_prototypes():
 def test_presets():
     for kind, p in PAPER.items():
         s = STUDY[kind]
-        assert (p.backbone, p.size, p.bs, p.lr, p.wd, p.warmup) == ('resnet101', 512, 16, 3e-3, 5e-4, 100)
+        assert (p.backbone, p.size, p.bs, p.lr, p.wd, p.warmup) == ('resnet101s', 512, 16, 3e-3, 5e-4, 100)
         same = dict(backbone=p.backbone, size=p.size, bs=p.bs, iterations=p.iterations, lr=p.lr, dropout=p.dropout, bn_momentum=p.bn_momentum, scale=p.scale, rates=p.rates, shrink=p.shrink,
                     head=p.head, output_stride=p.output_stride, crop=p.crop)
         assert (p.crop, p.scale, p.output_stride) == ('shape', (.5, 1.5), 8)
@@ -299,7 +302,7 @@ def state(learn): return {k: v.clone() for k, v in learn.model.state_dict().item
 
 def test_batches(view):
     "Photo and both maps go through the same crop; tags and numbers come along."
-    x, maps, tags, number = spml_learner(view, read_label, lambda o: (read_label(o) == o.tags[0]) * 300, **{**SMALL, 'shrink': 'middle'}).dls.train.one_batch()
+    x, maps, tags, number = spml_learner(view, read_label, lambda o: (read_label(o) == o.tags[0]) * 300, **{**SMALL, 'shrink': 'first'}).dls.train.one_batch()
     assert maps.shape == (4, 2, 32, 32) and maps.dtype == torch.int64
     assert set(maps[:, 0].unique().tolist()) <= {0, 1, 2, UNLABELLED} and set(maps[:, 1].unique().tolist()) == {0, 300}
     for m, t, n in zip(maps, tags, number):
@@ -309,7 +312,7 @@ def test_batches(view):
 
 def test_crops_at_a_photos_own_shape(view):
     "The paper's crops are windows of the scaled photo; beyond it is void, and the photo is not squashed."
-    whole = dict(shrink='middle', crop='shape', scale=(.5, .5))
+    whole = dict(shrink='first', crop='shape', scale=(.5, .5))
     x, maps, *_ = spml_learner(view, read_label, read_region, **{**SMALL, **whole}).dls.train.one_batch()
     assert x.shape == (4, 3, 32, 32) and maps.shape == (4, 2, 32, 32)
     assert ((maps[:, 0] == VOID).sum((1, 2)) == 32 * 32 - 20 * 24).all()     # photos of 40×48 pixels, halved
@@ -407,23 +410,21 @@ def test_unknown_tags_come_from_the_map(view):
     for t, n in zip(tags, number): assert t.tolist() == [float(int(n) % 2), float(int(n) % 2 == 0)]
 
 
-@pytest.mark.parametrize('what', ['image', 'loss'])
+@pytest.mark.parametrize('what', ['image', 'batch norm', 'loss'])
 def test_no_number(view, what):
-    "An embedding or a loss that is no number stops the training and names batch and image."
+    "An embedding or a loss that is no number stops the training and names batch and image; all images of the batch where batch norm has spread it, or the loss alone is wrong."
     class Spoil(Callback):
         order = -5
         def before_batch(self):
-            if what == 'image': self.learn.xb = (torch.where((self.yb[2] == 5).view(-1, 1, 1, 1), torch.nan, self.xb[0]),)
-    cbs = [Spoil()]
-    learn = spml_learner(view, read_label, read_region, cbs=cbs, **{**SMALL, 'bs': 8})
-    if what == 'image': learn.model.encoder.model.eval()
-    else: learn.loss_func.preset = replace(learn.loss_func.preset, ce=float('inf'))
-    text = 'p5: an embedding that is no number in batch 0 of epoch 0' if what == 'image' else 'a loss that is no number in batch 0 of epoch 0'
-    if what == 'image':
-        class Still(Callback):      # batch norm would spread it over the batch
-            def before_batch(self): self.model.eval()
-        learn.add_cb(Still())
-    with pytest.raises(InputError, match=text), learn.no_bar(), learn.no_logging(): fit(learn, 1, 1e-3)
+            self.ids = [f'p{int(n)}' for n in self.yb[2]]
+            if what == 'image': self.model.eval()      # batch norm would spread it over the batch
+            if what != 'loss': self.learn.xb = (torch.where((self.yb[2] == 5).view(-1, 1, 1, 1), torch.nan, self.xb[0]),)
+    learn = spml_learner(view, read_label, read_region, cbs=[spoil := Spoil()], **SMALL)
+    if what == 'loss': learn.loss_func.preset = replace(learn.loss_func.preset, ce=float('inf'))
+    with pytest.raises(InputError) as e, learn.no_bar(), learn.no_logging(): fit(learn, 1, 1e-3)
+    part = 'a loss' if what == 'loss' else 'an embedding'
+    assert e.value.problem == f'{part} that is no number in batch {learn.iter} of epoch 0'
+    assert e.value.path == ('p5' if what == 'image' else ', '.join(spoil.ids)) and len(spoil.ids) == 4 and (what == 'loss' or 'p5' in spoil.ids)
 
 
 def test_mistakes_are_named(view):

@@ -7,6 +7,7 @@ import pytest
 from PIL import Image
 
 from wsss_nb.data.items import UNLABELLED, VOID, InputError, read_image, read_mask
+from wsss_nb.refine.contours import contour_regions
 from wsss_nb.study import spml
 from wsss_nb.study.cli import main
 from wsss_nb.study.scenes import scenes_data
@@ -93,8 +94,55 @@ def test_simulated_drawings(photos, tmp_path):
     assert '(points simulated)' in str(table)
 
 
+def test_unusable_drawings_are_named(photos, tmp_path):
+    "A scribble of an unknown class leaves its photo out, aloud, and when the stage is asked again, too."
+    bare = shutil.copytree(photos, tmp_path/'VOC2012')
+    data = scenes_data(bare)
+    one, *rest = [o for o in data.view('scribbles', 'train') if o.scribbles is not None]
+    wrong = read_mask(one.scribbles); wrong[wrong < UNLABELLED] = 77
+    Image.fromarray(wrong).save(one.scribbles)
+    said = []
+    s = spml.spml_settings('smoke', seeds=(0,))
+    study = spml.LabelsStudy(data, tmp_path/'runs', s, said.append, 1)
+    for _ in range(2):
+        said.clear()
+        weak = spml.stroke_weak(study, s, 'scribbles')
+        named, = [t for t in said if 'left out' in t]
+        assert named.startswith('1 photos') and one.id in named and '77' in named and one.id not in weak.view.ids
+    assert {o.id for o in rest} & set(study.train.ids) == set(weak.view.ids)
+
+
+def test_regions_from_files(photos, tmp_path, capsys):
+    "Region maps of a contour detector take the place of those made here; a missing one is named."
+    s = spml.spml_settings('smoke', seeds=(0,))
+    made = spml.LabelsStudy(scenes_data(photos), tmp_path/'a', s, quiet, 1)
+    store, ids = spml.RegionStore(made.regions/'regions'), made.train.ids
+    files = tmp_path/'files'; files.mkdir()
+    for i in ids: Image.fromarray((store.load(i) // 2).astype(np.uint8)).save(files/f'{i}.png')
+    study = spml.LabelsStudy(scenes_data(photos), tmp_path/'b', s, quiet, 1, files)
+    assert study.regions.hash != made.regions.hash
+    for i in ids: assert (spml.RegionStore(study.regions/'regions').load(i) == store.load(i) // 2).all()
+    Image.fromarray(store.load(ids[0]).astype(np.uint8)).save(files/f'{ids[0]}.png')
+    other = spml.LabelsStudy(scenes_data(photos), tmp_path/'b', s, quiet, 1, files)
+    assert other.regions.hash != study.regions.hash, 'the files are part of the name'
+    (files/f'{ids[0]}.png').unlink()
+    assert main(['table', 'spml-voc', '--profile', 'smoke', '--seed', '0', '--workers', '1', '--data', f'voc={photos}', '--data', f'regions={files}', '-o', str(tmp_path/'c')]) == 1
+    assert f'{ids[0]}.png: no such region map' in capsys.readouterr().err
+
+
+def test_regions_are_cut_as_finely_as_the_network_sees(photos, tmp_path):
+    "Photos longer than one and a half sides of the training square are reduced for the cut, and the regions enlarged again."
+    s = spml.spml_settings('smoke', seeds=(0,), segment_size=32)
+    few, many = (spml.LabelsStudy(scenes_data(photos), tmp_path/str(side), spml.replace(s, contour_side=side), quiet, 1) for side in (1.5, None))
+    for o in few.train:
+        a, b = (spml.RegionStore(st.regions/'regions').load(o.id) for st in (few, many))
+        assert a.shape == b.shape and (a == contour_regions(read_image(o.image), longest=48)).all() and (b == contour_regions(read_image(o.image))).all()
+    assert spml.spml_settings('paper').contour_side is None
+
+
 @pytest.mark.parametrize('arguments, says', [
-    (['table', 'spml-voc', '--data', 'pets=x'], 'NAME is one of voc'),
+    (['table', 'spml-voc', '--data', 'pets=x'], 'NAME is one of voc, regions'),
+    (['table', 'spml-voc', '--data', 'regions=/nowhere'], 'no such folder'),
     (['table', 'spml-voc', '--data', 'voc=/nowhere'], 'no such folder'),
     (['table', 'spml-voc', '--profile', 'paper'], '--data voc=FOLDER'),
     (['segment', '.', '--scribbles', 'a', '--boxes', 'b'], 'does not go with --boxes'),
@@ -112,7 +160,7 @@ def test_paper_settings():
     "Each kind has the weights of its script."
     p = spml.spml_settings('paper')
     assert spml.preset_of('points', p).ann == .1 and spml.preset_of('scribbles', p).occ_kappa == 12 and spml.preset_of('masks', p) == spml.preset_of('scribbles', p)
-    assert spml.preset_of('tags', p).backbone == 'resnet101' and spml.preset_of('tags', p).iterations == 30_000
+    assert spml.preset_of('tags', p).backbone == p.backbone == 'resnet101s' and spml.preset_of('tags', p).iterations == 30_000
     s = spml.spml_settings('sample')
     assert spml.preset_of('tags', s).backbone == s.backbone and spml.preset_of('tags', s).iterations == s.steps
 
@@ -150,9 +198,10 @@ def test_bad_drawings_are_left_out_and_named(photos, tmp_path, capsys):
     files = [tmp_path/f'drawn/{i}.png' for i in ids]
     shape = read_mask(files[0]).shape
     unknown = np.full(shape, VOID, np.uint8); unknown[3, 3] = 99
-    for f, m in zip(files, (unknown, np.zeros((5, 5), np.uint8))): Image.fromarray(m).save(f)
+    for f, m in zip(files, (unknown, np.zeros((5, 5), np.uint8), np.full(read_mask(files[2]).shape, VOID, np.uint8))): Image.fromarray(m).save(f)
     code = main(['segment', str(tmp_path/'photos'), '--scribbles', str(tmp_path/'drawn'), '--classes', ','.join(classes), '-o', str(tmp_path/'model'), '--size', '64', '--epochs', '1', '--workers', '1'])
     said = capsys.readouterr()
     assert code == 1 and f'{len(ids) - 2} photos with scribbles' in said.out
     for i in ids[:2]: assert f'{i}.png' in said.err
+    assert '1 photos without usable scribbles are left out' in said.out and f'{ids[2]}.jpg: its scribbles label no pixel' in said.out     # nothing wrong with the file
     assert (tmp_path/'model/model.json').is_file()

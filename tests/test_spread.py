@@ -165,6 +165,57 @@ def test_bad_photos_and_labels_are_named(embedder, photos, tmp_path):
     assert [i for i, _ in problems] == [o.id for o in photos] and all('no labelled pixel' in p for _, p in problems)
 
 
+def spoilt(way, good):
+    "Label maps of which that of photo 2 has a number that is none, or another size."
+    def read(item):
+        m = good(item).astype(int)
+        if item.id == '2' and way == 'size': return m[:, :20]
+        if item.id == '2': m[0, 0] = way
+        return m
+    return read
+
+
+WAYS = [(N, 'has the numbers [4]; 0 to 3 are classes'), (200, 'has the numbers [200]'), (256, 'has the numbers [256]'), (-1, 'has the numbers [-1]'), ('size', 'its label map is 20×32, the image 32×32')]
+
+
+@pytest.mark.parametrize('way, says', WAYS)
+def test_label_maps_that_cannot_be(embedder, photos, tmp_path, way, says):
+    "The memory refuses them by the name of the photo; a view goes on without that photo."
+    with pytest.raises(InputError) as e: spread.segment_memory(embedder, photos, spoilt(way, truth))
+    assert e.value.path.endswith('2.png') and says in str(e.value) and e.value.remedy
+    memory, untagged = spread.segment_memory(embedder, photos, truth, (1.,), 8), View([Item(o.id, o.image) for o in photos])
+    tags, read = {o.id: o for o in photos}, spoilt(way, weak)
+    def of_untagged(item): return read(tags[item.id])
+    writers = {'softmax': lambda s: spread.write_walked_softmax(embedder, untagged, s, of_untagged, 1, settings=None, cell=4),
+               'neighbours': lambda s: spread.write_neighbour_labels(embedder, untagged, memory, s, of_untagged, 1, settings=None, k=3, grid=8),
+               'nearest': lambda s: spread.write_nearest_labels(embedder, photos, read, s, 1, settings=None, grid=8, cell=4)}
+    for name, write in writers.items():
+        (id, problem), = write(store := LabelStore(tmp_path/name))
+        assert id == '2' and '2.png: its label map' in problem and says in problem, name
+        assert sorted(store.ids()) == ['0', '1', '3'], name
+
+
+def test_vectors_that_are_no_numbers(embedder, photos, tmp_path, monkeypatch):
+    "Of one photo in the batch; the others get their label maps."
+    memory, ask = spread.segment_memory(embedder, photos, truth, (1.,), 8), embedder.net.embed
+    maps = MapStore(tmp_path/'maps')
+    for o in photos: maps.save(o.id, Maps(np.array(o.tags), np.stack([(truth(o) == t) * .9 for t in o.tags]).astype(np.float32)))
+    def broken(x):
+        e = ask(x)
+        e[1, :, 2, 3] = torch.nan
+        return e
+    monkeypatch.setattr(embedder.net, 'embed', broken)
+    writers = {'cams': lambda s: spread.write_walked_cams(embedder, photos, maps, s, 1, settings=None, cell=4),
+               'softmax': lambda s: spread.write_walked_softmax(embedder, photos, s, workers=1, settings=None, cell=4),
+               'neighbours': lambda s: spread.write_neighbour_labels(embedder, photos, memory, s, workers=1, settings=None, k=3, grid=8),
+               'nearest': lambda s: spread.write_nearest_labels(embedder, photos, weak, s, 1, settings=None, grid=8, cell=4)}
+    for name, write in writers.items():
+        (id, problem), = write(store := LabelStore(tmp_path/name))
+        assert id == '1' and "1.png: the network's numbers for it are not finite. Train again with a lower rate." in problem, name
+        assert sorted(store.ids()) == ['0', '2', '3'], name
+    with pytest.raises(InputError, match="1.png: the network's numbers for it are not finite"): spread.segment_memory(embedder, photos, truth)
+
+
 def test_an_embedder_gives_what_its_network_gives(photos):
     "Whatever the layout in memory, with and without mirror images, as vectors alone or with probabilities."
     from wsss_nb.segment.embedding import EmbeddingNet

@@ -6,7 +6,7 @@ Docs: https://wsss-nb.github.io/wsss_nb/00_data/blocks.html.md"""
 
 # %% auto #0
 __all__ = ['resize', 'Resized', 'crop_matrix', 'check_sides', 'swap_sides', 'Augment', 'image_block', 'tag_names', 'tags_block',
-           'tags_dls', 'mask_block', 'mask_dls', 'image_dl']
+           'tags_dls', 'check_map', 'check_labels', 'mask_block', 'mask_dls', 'image_dl']
 
 # %% ../../nbs/00_data/06_blocks.ipynb #f8c87317
 from pathlib import Path
@@ -199,17 +199,35 @@ def tags_dls(
     return block.dataloaders(items, bs=min(bs, len(items) - len(held)), num_workers=workers)
 
 # %% ../../nbs/00_data/06_blocks.ipynb #64692109
+def check_map(
+    item,                     # `Item`
+    a,                        # a map of its photo
+    name: str = 'label',      # what map
+    several: bool = False,    # K×H×W will do, too
+)->np.ndarray:                # the same
+    "A map as large as its photo; `InputError` that names the photo for others."
+    a, size = np.asarray(a), image_size(item.image)
+    if a.shape[-2:] == size[::-1] and a.ndim in (2, 2 + several): return a
+    raise InputError(item.image, f'its {name} map is {"×".join(map(str, a.shape[::-1]))}, the image {"×".join(map(str, size))}', f"Make the {name} map again at the image's size.")
+
+def check_labels(
+    item,                     # `Item`
+    labels,                   # its label map
+    n: int,                   # greatest class id
+    several: bool = False,    # K×H×W will do, too
+)->np.ndarray:                # the same, uint8
+    "A label map with the size of its photo and no numbers but 0..n, 254 and 255; `InputError` for others."
+    a = check_map(item, labels, several=several)
+    bad = np.unique(a[~np.isin(a, [*range(n + 1), UNLABELLED, VOID])])
+    if len(bad): raise InputError(item.image, f'its label map has the numbers {bad[:6].tolist()}; 0 to {n} are classes, 254 unlabelled, 255 void', 'Check what wrote it.')
+    return a.astype(np.uint8, copy=False)
+
+# %% ../../nbs/00_data/06_blocks.ipynb #64692110
 def _read_checked(read_label, n):
     "`read_label` with its size and ids checked, 254 as void."
     def read(item):
-        mask = np.asarray(read_label(item))
-        w, h = image_size(item.image)
-        if mask.ndim not in (2, 3) or mask.shape[-2:] != (h, w):
-            raise InputError(item.image, f'the image is {w}×{h}, its label map {"×".join(map(str, mask.shape[::-1]))}', "Make the label map again at the image's size.")
-        mask = np.where(mask == UNLABELLED, VOID, mask).astype(np.uint8)
-        bad = np.setdiff1d(mask, [*range(n + 1), VOID])
-        if len(bad): raise InputError(item.image, f'its label map has the numbers {bad[:6].tolist()}, classes are 0 to {n}', 'Check what wrote it.')
-        return mask
+        mask = check_labels(item, read_label(item), n, several=True)
+        return np.where(mask == UNLABELLED, VOID, mask).astype(np.uint8)
     return read
 
 def _resize_labels(a, size):

@@ -51,9 +51,11 @@ def shrink_labels(
     (*lead, y, x), n = t.shape, t.shape[:-2].numel()
     if h > y or w > x: raise ValueError(f'labels of {x}×{y} cannot be shrunk to {w}×{h}')
     cell = (_cells(y, h)[:, None] * w + _cells(x, w)).to(t.device) + torch.arange(n, device=t.device).view(n, 1, 1) * (h * w)
-    votes = torch.bincount((cell * 256 + t.reshape(n, y, x).long()).flatten(), minlength=n * h * w * 256).view(*lead, h, w, 256)
-    void, votes = votes[..., VOID] == votes.sum(-1), votes[..., :UNLABELLED]
-    out = torch.where(votes.any(-1), votes.argmax(-1), torch.where(void, VOID, UNLABELLED)).to(t.dtype)
+    there = torch.bincount(t.flatten().long(), minlength=256) > 0
+    found, place = there.nonzero()[:, 0], (there.cumsum(0) - 1)[t.reshape(n, y, x).long()]     # classes come first
+    votes = torch.bincount((cell * len(found) + place).flatten(), minlength=n * h * w * len(found)).view(*lead, h, w, len(found))
+    void, votes = votes[..., found == VOID].sum(-1) == votes.sum(-1), votes[..., :max(1, int((found < UNLABELLED).sum()))]
+    out = torch.where(votes.any(-1), found[votes.argmax(-1)], torch.where(void, VOID, UNLABELLED)).to(t.dtype)
     return out if isinstance(labels, torch.Tensor) else out.numpy()
 
 def squash_labels(

@@ -12,7 +12,7 @@ from functools import partial
 from pathlib import Path
 
 # %% ../../nbs/20_refine/09_contours.ipynb #13ddcb00
-import numpy as np
+import cv2, numpy as np
 from PIL import Image
 from scipy.ndimage import gaussian_gradient_magnitude
 from skimage.color import rgb2lab
@@ -21,7 +21,7 @@ from skimage.morphology import local_minima, reconstruction
 from skimage.segmentation import felzenszwalb, watershed
 
 # %% ../../nbs/20_refine/09_contours.ipynb #568caf96
-from ..data.items import InputError
+from ..data.items import InputError, resize_mask
 from ..data.pets import image_size
 from ..data.store import for_each
 from .regions import METHODS, RegionStore, _one, check_image, superpixels
@@ -46,17 +46,23 @@ CONTOURS = {
 
 def _compact(labels): return np.unique(labels, return_inverse=True)[1].reshape(np.shape(labels)).astype(np.int32)
 
+def _reduced(image, longest):
+    "The image with its longer side reduced to `longest` pixels; itself if it is no longer than that."
+    f = 1 if longest is None else longest / max(image.shape[:2])
+    return image if f >= 1 else cv2.resize(image, None, fx=f, fy=f, interpolation=cv2.INTER_AREA)
+
 def contour_regions(
     image,          # uint8 H×W×3, RGB
     method: str = 'felzenszwalb',   # or 'watershed', 'slic', 'quick'
+    longest: int|None = None,       # cut a copy whose longer side has so many pixels; None: the image itself
     **options,      # of the method
 )->np.ndarray:      # int32 H×W, numbers 0..n−1
     "Regions that end at the contours of a photograph."
     check_image(image)
-    if method in METHODS: return _compact(superpixels(image, method, **options))
-    if method not in CONTOURS: raise ValueError(f"method is one of {', '.join([*CONTOURS, *METHODS])}, not {method!r}")
-    segment, defaults = CONTOURS[method]
-    return _compact(segment(image, **{**defaults, **options}))
+    if method not in {**CONTOURS, **METHODS}: raise ValueError(f"method is one of {', '.join([*CONTOURS, *METHODS])}, not {method!r}")
+    if longest is not None and longest < 16: raise ValueError(f'longest is at least 16 pixels, not {longest}')
+    segment, defaults = CONTOURS.get(method, (partial(superpixels, method=method), {}))
+    return _compact(resize_mask(segment(_reduced(image, longest), **{**defaults, **options}).astype(np.int32), image.shape[:2]))
 
 # %% ../../nbs/20_refine/09_contours.ipynb #a1533000
 def _few(labels, most):
@@ -95,7 +101,7 @@ def write_contours(
     files=None,         # folder of region maps, PNG by id; None: make them
     most: int = 2048,   # regions that an image may have
     workers: int|None = None,   # processes; None: all cores
-    **options,          # of the method
+    **options,          # of `contour_regions`
 )->list:                # [(id, problem)] of the images that failed
     "Contour regions of every image of a view, from files or made; resumes where it stopped."
     if method not in {**CONTOURS, **METHODS}: contour_regions(np.zeros((2, 2, 3), np.uint8), method)    # says which there are

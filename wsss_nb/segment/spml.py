@@ -26,10 +26,9 @@ from torch import nn
 from torch.nn import functional as F
 
 # %% ../../nbs/30_segment/07_spml.ipynb #5e9b0004
-from ..data.blocks import Augment, Resized, _augment, _items, image_block, resize
+from ..data.blocks import Augment, Resized, _augment, _items, check_labels, check_map, image_block, resize
 from ..data.crops import ScaleCrop
-from ..data.items import UNLABELLED, VOID, InputError
-from ..data.pets import image_size
+from ..data.items import UNLABELLED, InputError
 from ..data.scribbles import shrink_labels, squash_labels
 from ..localize.backbones import DEFAULT_BACKBONE, stats
 from ..localize.bap import rate_groups
@@ -49,12 +48,12 @@ class SPML:
     ann: float = .3             # weight of semantic annotation: same label
     ann_kappa: float = 6.       # its concentration
     occ: float = .3             # weight of semantic co-occurrence: a common tag
-    occ_kappa: float = 8.
+    occ_kappa: float = 8.       # its concentration
     img: float = .1             # weight of low-level similarity: same contour region
-    img_kappa: float = 16.
+    img_kappa: float = 16.      # its concentration
     img_location: bool = True   # embeddings with location there
     aff: float = 0.             # weight of feature affinity: label of a near segment
-    aff_kappa: float = 12.
+    aff_kappa: float = 12.      # its concentration
     aff_cosine: float = .95     # what near is
     dim: int = 64               # of the embedding
     head: str = 'rates'         # 'rates', 'pyramid' or 'stages'
@@ -64,8 +63,8 @@ class SPML:
     grid: int = 6               # clusters per side to start from
     rounds: int = 10            # of k-means
     memory: int = 2             # batches whose prototypes are kept
-    shrink: str = 'middle'      # label of a coarse place: of its 'middle' pixel, or of those that are 'labelled'
-    backbone: str = 'resnet101' # timm name
+    shrink: str = 'first'       # label of a coarse place: of its 'first' pixel (upper left), or of those that are 'labelled'
+    backbone: str = 'resnet101s'        # timm name; the s has the stem of three convolutions that the release has
     size: int = 512             # side of the training square, pixels
     bs: int = 16                # images in a batch
     lr: float = 3e-3            # base rate
@@ -215,11 +214,7 @@ def remember(self: SPMLLoss):
 def _read_maps(read_label, read_region, n):
     "Function(item) → int16 2×H×W, label and region, with sizes and numbers checked."
     def read(item):
-        label, region = (np.asarray(f(item)) for f in (read_label, read_region))
-        for name, m in (('label', label), ('region', region)):
-            if m.shape != image_size(item.image)[::-1]: raise InputError(item.image, f'its {name} map is {"×".join(map(str, m.shape[::-1]))}, the image {"×".join(map(str, image_size(item.image)))}', f"Make the {name} map at the image's size.")
-        bad = np.setdiff1d(label, [*range(n + 1), UNLABELLED, VOID])
-        if len(bad): raise InputError(item.image, f'its label map has the numbers {bad[:6].tolist()}; 0 to {n} are classes, 254 unlabelled, 255 void', 'Check what wrote it.')
+        label, region = check_labels(item, read_label(item), n), check_map(item, read_region(item), 'region')
         if region.min() < 0 or region.max() >= 2 ** 15: raise InputError(item.image, f'its regions have numbers {region.min()} to {region.max()}', 'Number them from 0 to 32767 at most.')
         return np.stack([label, region]).astype(np.int16)
     return read
@@ -331,7 +326,6 @@ class Watch(Callback):
         wrong = ~self.pred[0].isfinite().flatten(1).all(1)
         if wrong.any(): self._stop('an embedding that is no number', self._names(wrong.nonzero()[:, 0].tolist()))
     def after_loss(self):
-        if not self.learn.loss_grad.isfinite(): self._stop('a loss that is no number', self._names())
         if self.training: self.labelled += int((self.yb[0][:, 0] < UNLABELLED).sum())
     def after_train(self):
         if not self.labelled: raise InputError(self.learn.spml['view'], 'no labelled pixel in any image', 'Check the function that reads the label maps: 254 is unlabelled, 255 void.')

@@ -22,6 +22,7 @@ from torch.nn import functional as F
 from tqdm import tqdm
 
 # %% ../../nbs/30_segment/08_spread.ipynb #5484fb98
+from ..data.blocks import check_labels
 from ..data.items import UNLABELLED, VOID, InputError, resize_mask
 from ..data.scribbles import squash_labels
 from ..data.store import LabelStore, MapStore
@@ -90,11 +91,31 @@ def load_embedder(
     return Embedder(net, *(about[k] for k in ('classes', 'size', 'mean', 'std', 'sides')))
 
 # %% ../../nbs/30_segment/08_spread.ipynb #e028fe82
+def _no_number(item): return InputError(item.image, "the network's numbers for it are not finite", 'Train again with a lower rate.')
+
 def _finish(item, image, arrays, make, store):
     "Make and save one label map; (id, problem) if that is not possible."
-    try: store.save(item.id, make(item, image, *arrays))
+    try:
+        if not all(np.isfinite(a).all() for a in arrays): raise _no_number(item)
+        store.save(item.id, make(item, image, *arrays))
     except (InputError, ValueError) as e: return item.id, str(e if isinstance(e, InputError) else InputError(item.image, str(e), 'Make its maps or labels again.'))
 
+def _checked(item, read_label, n): return check_labels(item, read_label(item), n)
+def _reader(read_label, embedder):
+    "`read_label` with size and numbers checked, for any process; None stays None."
+    return read_label and partial(_checked, read_label=read_label, n=len(embedder.classes) - 1)
+
+def _read_labelled(items, read_label):
+    "Photos with their label maps, if there are to be some; (id, problem) of those that have no good ones."
+    items, images, bad = _read_all(items)
+    if read_label is None: return items, images, bad
+    found = []
+    for o, image in zip(items, images):
+        try: found.append((o, image, read_label(o)))
+        except InputError as e: bad.append((o.id, str(e)))
+    return *([f[i] for f in found] for i in range(3)), bad
+
+# %% ../../nbs/30_segment/08_spread.ipynb #e028fe83
 def spread_view(
     view,               # items; what else is opened is up to `make`
     store: LabelStore,  # gets a label map for each; entries already there are kept
@@ -103,15 +124,16 @@ def spread_view(
     bs: int = 8,        # photos per step
     workers: int|None = None,   # processes; None: all cores
     desc: str = 'pseudo masks', # title of the progress bar
+    read_label=None,    # function(item) → label map, which `embed` then gets, too
 )->list:                # (id, problem) of the photos that failed
     "Label maps of a whole view; resumes where it stopped."
     keep_memory()
     todo, bad = [o for o in view if o.id not in store], []
     with Parallel(min(workers or os.cpu_count(), max(len(todo), 1))) as pool, tqdm(total=len(todo), desc=desc, delay=2, leave=False) as bar:
         for i in range(0, len(todo), bs):
-            items, images, worse = _read_all(todo[i:i + bs])
-            found = embed(items, images) if items else ()
-            bad += worse + [r for r in pool(delayed(_finish)(o, im, a, make, store) for o, im, a in zip(items, images, found)) if r]
+            *photos, worse = _read_labelled(todo[i:i + bs], read_label)
+            found = embed(*photos) if photos[0] else ()
+            bad += worse + [r for r in pool(delayed(_finish)(o, im, a, make, store) for o, im, a in zip(*photos[:2], found)) if r]
             bar.update(len(todo[i:i + bs]))
     return sorted(bad)
 
@@ -171,7 +193,7 @@ def write_walked_softmax(
     **options,          # of `walked_labels`: cell, settings, fit_size; of `embedding_walk`: steps, power, scale
 )->list:                # (id, problem) of the photos that failed
     "Label maps from the softmax head, a walk by resemblance, and a dense CRF."
-    make = partial(_softmax_finish, segment_of=view.segment_of, read_label=read_label, options=options)
+    make = partial(_softmax_finish, segment_of=view.segment_of, read_label=_reader(read_label, embedder), options=options)
     return spread_view(view, store, partial(_everything, embedder=embedder, scales=scales), make, workers=workers, desc='walked softmax')
 
 # %% ../../nbs/30_segment/08_spread.ipynb #80431277
@@ -182,6 +204,12 @@ class Memory:
     label: torch.Tensor     # int64 M, 0..C−1
     n_classes: int          # background included
     def __len__(self): return len(self.label)
+
+def _finite(e, items):
+    "The embeddings; `InputError` with the first photo whose numbers are not finite."
+    wrong = (~e.isfinite().flatten(1).all(1)).nonzero()[:, 0].tolist()
+    if wrong: raise _no_number(items[wrong[0]])
+    return e
 
 def _known_segments(e, labels, grid, n):
     "Prototypes and labels of the segments that have a labelled pixel."
@@ -204,8 +232,8 @@ def segment_memory(
     parts, todo, n = [], list(view), len(embedder.classes)
     for i in tqdm(range(0, len(todo), bs), 'memory', delay=2, leave=False):
         items, images, _ = _read_all(todo[i:i + bs])
-        labels = [np.asarray(read_label(o)) for o in items]
-        parts += [_known_segments(embedder.embeddings(images, s, mirror=False)[0], labels, grid, n) for s in scales if items]
+        labels = [_checked(o, read_label, n - 1) for o in items]
+        parts += [_known_segments(_finite(embedder.embeddings(images, s, mirror=False)[0], items), labels, grid, n) for s in scales if items]
     if not sum(len(p[1]) for p in parts): raise InputError(repr(view), 'has no labelled pixel', 'Check the function that reads the labels: 254 is unlabelled, 255 void.')
     return Memory(*(torch.cat(t).cpu() for t in zip(*parts)), n)
 
@@ -214,7 +242,8 @@ def _votes(e, memory, k, grid):
     "Shares of the classes among the neighbours of each place's segment, N×C×h×w."
     s, unit, _ = segment_pixels(e, None, None, grid)
     place = retrieve(prototypes(unit, s.id, len(s)).cpu(), memory.unit, k)[1]
-    return s.paint(neighbour_shares(place, memory.label, memory.n_classes).to(e.device)).movedim(3, 1)
+    votes = s.paint(neighbour_shares(place, memory.label, memory.n_classes).to(e.device)).movedim(3, 1)
+    return votes + 0 * e.sum((1, 2, 3), keepdim=True)      # no votes where the embedding is no number
 
 @torch.inference_mode()
 def neighbour_scores(
@@ -257,7 +286,7 @@ def write_neighbour_labels(
     **options,          # of `neighbour_scores`: scales, k, grid
 )->list:                # (id, problem) of the photos that failed
     "Label maps from the nearest segments of all photos, and a dense CRF."
-    make = partial(_neighbour_finish, segment_of=view.segment_of, read_label=read_label, settings=settings, fit_size=fit_size, floor=floor, absent=absent)
+    make = partial(_neighbour_finish, segment_of=view.segment_of, read_label=_reader(read_label, embedder), settings=settings, fit_size=fit_size, floor=floor, absent=absent)
     return spread_view(view, store, partial(_ask, embedder=embedder, memory=memory, **options), make, workers=workers, desc='neighbours')
 
 # %% ../../nbs/30_segment/08_spread.ipynb #a35fffac
@@ -279,15 +308,14 @@ def nearest_scores(
     return s.paint(segment_means(share[s.id], whole[s.id])[whole], 0).movedim(3, 1)
 
 # %% ../../nbs/30_segment/08_spread.ipynb #f7f47ce1
-def _nearest(items, images, embedder, read_label, grid):
-    "Embeddings both ways, and the scores."
+def _nearest(items, images, labels, embedder, grid):
+    "Embeddings both ways, the scores and the weak labels."
     e, m = embedder.embeddings(images)
-    label = torch.from_numpy(np.stack([squash_labels(np.asarray(read_label(o)), e.shape[2:]) for o in items])).long().to(e.device)
-    scores = (nearest_scores(e, label, len(embedder.classes), grid) + nearest_scores(m, label, len(embedder.classes), grid)) / 2
-    return list(zip(*(t.float().cpu().numpy() for t in (e, m, scores))))
+    small = torch.from_numpy(np.stack([squash_labels(v, e.shape[2:]) for v in labels])).long().to(e.device)
+    scores = (nearest_scores(e, small, len(embedder.classes), grid) + nearest_scores(m, small, len(embedder.classes), grid)) / 2
+    return list(zip(*(t.float().cpu().numpy() for t in (e, m, scores)), labels))
 
-def _nearest_finish(item, image, e, m, scores, segment_of, read_label, options):
-    weak = np.asarray(read_label(item))
+def _nearest_finish(item, image, e, m, scores, weak, options):
     scores, ids = _only(scores, {int(c) for c in np.unique(weak) if 0 < c < UNLABELLED})
     if not scores.any(): raise InputError(item.image, 'its weak label has no labelled pixel', 'Label something in it, or leave it out.')
     y = ids[walked_labels(image, peak_normalised(scores), [torch.from_numpy(e), torch.from_numpy(m)], **options)]
@@ -296,12 +324,12 @@ def _nearest_finish(item, image, e, m, scores, segment_of, read_label, options):
 def write_nearest_labels(
     embedder: Embedder,
     view,               # items; only their image is opened
-    read_label,         # function(item) → weak label, uint8 H×W, 254 unlabelled, 255 void; importable
+    read_label,         # function(item) → weak label, uint8 H×W, 254 unlabelled, 255 void
     store: LabelStore,  # gets label maps
     workers: int|None = None,   # processes; None: all cores
     grid: int = 24,     # clusters per side to start from
     **options,          # of `walked_labels`: cell, settings, fit_size; of `embedding_walk`: steps, power, scale
 )->list:                # (id, problem) of the photos that failed
     "Label maps from the nearest labelled segment of each photo, a walk, and a dense CRF."
-    make = partial(_nearest_finish, segment_of=view.segment_of, read_label=read_label, options=options)
-    return spread_view(view, store, partial(_nearest, embedder=embedder, read_label=read_label, grid=grid), make, workers=workers, desc='nearest segments')
+    make, embed = partial(_nearest_finish, options=options), partial(_nearest, embedder=embedder, grid=grid)
+    return spread_view(view, store, embed, make, workers=workers, desc='nearest segments', read_label=_reader(read_label, embedder))

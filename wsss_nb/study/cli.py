@@ -67,19 +67,21 @@ def _scenes(a):
 def _labels(a):
     "A table of the study of labels."
     from wsss_nb.study.spml import spml_settings, spml_study_table
-    path = _folders(a.data, ('voc',)).get('voc')
+    folders = _folders(a.data, ('voc', 'regions'))
+    path = folders.get('voc')
     if a.profile == 'paper' and not path: raise InputError('paper', 'is a profile for VOC 2012', 'Give its folder: --data voc=FOLDER.')
     s = spml_settings(a.profile or ('full' if path else None), **_seeds(a), strokes='simulated' if a.simulated else 'files')
-    spml_study_table(a.which, path, a.output, s, workers=a.workers)
+    spml_study_table(a.which, path, a.output, s, workers=a.workers, regions=folders.get('regions'))
 
 
 # %% ../../nbs/50_study/09_cli.ipynb #4bef61cf
 def _parts(a):
     "The table of body parts."
     from wsss_nb.study.parts import parts_settings, parts_study_table
-    path = _folders(a.data, ('densepose',)).get('densepose')
+    folders = _folders(a.data, ('densepose', 'regions'))
+    path = folders.get('densepose')
     if a.profile == 'paper' and not path: raise InputError('paper', 'is a profile for DensePose-COCO', 'Give its folder: --data densepose=FOLDER.')
-    parts_study_table(path, a.output, parts_settings(a.profile or ('full' if path else None), **_seeds(a)), workers=a.workers)
+    parts_study_table(path, a.output, parts_settings(a.profile or ('full' if path else None), **_seeds(a)), workers=a.workers, regions=folders.get('regions'))
 
 def _boxes(a):
     "A table of the study of boxes."
@@ -183,7 +185,7 @@ def parser()->argparse.ArgumentParser:
              ('-o --output', dict(metavar='RUNS', default='runs', help='folder of the runs')))
     _command(sub, 'table', _table, 'A table of the study: our figures beside the published ones.', ('which', dict(choices=TABLES, help='which table')),
              ('--profile', dict(choices=('smoke', 'sample', 'full', 'paper'), default=None, help='how much to do; paper: the published settings, for silop, sccam, bana and spml on VOC 2012; default: $WSSS_PROFILE or sample')),
-             ('--data', dict(metavar='NAME=PATH', action='append', default=[], help='pets=FOLDER with Oxford-IIIT Pet or voc=FOLDER with VOC 2012 instead of the rendered sample (profile full), background=FOLDER of photos without pets, coco=FOLDER with COCO for bana-5, densepose=FOLDER with DensePose-COCO for spml-densepose')),
+             ('--data', dict(metavar='NAME=PATH', action='append', default=[], help='pets=FOLDER with Oxford-IIIT Pet or voc=FOLDER with VOC 2012 instead of the rendered sample (profile full), background=FOLDER of photos without pets, coco=FOLDER with COCO for bana-5, densepose=FOLDER with DensePose-COCO for spml-densepose, regions=FOLDER with region maps of a contour detector for spml')),
              ('--seeds', dict(type=int, nargs='+', default=None, help='seeds of the segmentation networks of the pets tables, of everything in the others; default: those of the profile')),
              ('--simulated', dict(action='store_true', help='spml-voc: draw the scribbles and points on the true masks of the training photos')),
              ('-o --output', dict(metavar='RUNS', default='runs', help='folder of the runs')),

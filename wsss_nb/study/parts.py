@@ -38,7 +38,7 @@ PARTS_PROFILES = {
     'smoke': PartsSettings('smoke', spml=dict(size=64, bs=4, grid=6), steps=2, nearest_grid=8, name_epochs=1, segment_size=64, segment_bs=4, seeds=(0, 1), infer_scales=(1.,)),
     'sample': PartsSettings(segment_size=144, steps=240, walk_cell=4, name_epochs=12),
     'full': PartsSettings('full', spml=dict(size=320), steps=6000, segment_size=320, name_epochs=10),
-    'paper': PartsSettings('paper', presets='paper', steps=45_000, segment_size=512, name_train='paper', name_epochs=6, name_lr=3e-3, segment_bs=16),    # twke18/SPML @f09e4c3, bashscripts
+    'paper': PartsSettings('paper', backbone='resnet101s', contour_side=None, presets='paper', steps=45_000, segment_size=512, name_train='paper', name_epochs=6, name_lr=3e-3, segment_bs=16),    # twke18/SPML @f09e4c3, bashscripts
 }
 
 def parts_settings(
@@ -143,10 +143,11 @@ def parts_study_table(
     settings: PartsSettings|None = None,    # those of the profile by default
     say=print,          # told what happens
     workers: int|None = None,   # processes
+    regions=None,       # folder of region maps, see `LabelsStudy`
 )->Table:
     "Make the table of body parts, print it, and keep it with a sheet of pictures beside the runs."
     s = settings or parts_settings()
-    study = LabelsStudy(parts_data(path, root, s, workers, say), root, s, say, workers)
+    study = LabelsStudy(parts_data(path, root, s, workers, say), root, s, say, workers, regions)
     table, steps = spml_densepose(study)
     return keep_table(study, table, 'spml-densepose', partial(parts_sheet, study, steps))
 

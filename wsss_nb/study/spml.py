@@ -13,7 +13,7 @@ __all__ = ['KINDS', 'SPML_PROFILES', 'SPML_PAPER', 'WEAK', 'NAME_LEARNERS', 'SPM
            'stroke_photo_settings', 'segment_strokes']
 
 # %% ../../nbs/50_study/08_spml.ipynb #5a9ff234
-import copy
+import copy, hashlib
 from dataclasses import asdict, dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -52,6 +52,7 @@ class SPMLSettings(ScenesSettings):
     box_least: float = .5       # of a map stretched in its box, for a label
     strokes: str = 'files'      # scribbles and points of the data set, or 'simulated' ones, drawn on its masks
     contours: str = 'felzenszwalb'  # regions of low-level similarity
+    contour_side: float|None = 1.5  # longer side of the photos that they are cut from, times `segment_size`; None: as photos are
     presets: str = 'study'      # of the embedding, or 'paper'
     spml: dict = field(default_factory=dict)    # fields of `SPML` in place of the preset's
     steps: int = 240            # of the embedding's training
@@ -71,7 +72,7 @@ SPML_PROFILES = {
 }
 
 # %% ../../nbs/50_study/08_spml.ipynb #d1c7b0af
-SPML_PAPER = SPMLSettings('paper', presets='paper', tag_alpha=6., steps=30_000, segment_size=512, name_train='paper', name_epochs=6, name_lr=3e-3, segment_bs=16)     # twke18/SPML @f09e4c3, bashscripts
+SPML_PAPER = SPMLSettings('paper', backbone='resnet101s', size=448, classifier_epochs=15, cam_scales=(.5, 1., 1.5, 2.), presets='paper', contour_side=None, tag_alpha=6., steps=30_000, segment_size=512, name_train='paper', name_epochs=6, name_lr=3e-3, segment_bs=16)     # twke18/SPML @f09e4c3, bashscripts
 
 def spml_settings(
     profile: str|None = None,   # 'smoke', 'sample', 'full' or 'paper'; $WSSS_PROFILE or 'sample' by default
@@ -128,15 +129,20 @@ def stroke_weak(study, s: SPMLSettings, kind)->Weak:
     "Label maps from scribbles or points; simulated ones are drawn once, by the seed of the profile."
     simulated, root = s.strokes == 'simulated', study.root
     def work(run):
-        write_labels(study.dataset, run/'labels', kind, 'masks' if simulated else None, splits=['train'], skip_bad=True, workers=study.workers)
-        return {}
+        made = write_labels(study.dataset, run/'labels', kind, 'masks' if simulated else None, splits=['train'], skip_bad=True, workers=study.workers)
+        return {'left out': made.report['without labels']}
     seen = study.dataset.view('masks' if simulated else kind, 'train')
     seen = seen.with_masks() if simulated else seen.keep(lambda o: getattr(o, kind) is not None)
     if not len(seen): raise InputError(study.dataset.name, f'no training photo has {"masks" if simulated else kind}', "Add them, or let them be drawn on the masks: strokes='simulated'.")
     run, ids = run_stage(root, kind, {'simulated': simulated, 'data': data_hash(seen)}, work, study.say), set(study.train.ids)
+    _tell_left_out(kind, run.record.get('left out'), study.say)
     store = LabelStore(run/'labels')
     view = study.dataset.view('tags', 'train').keep(lambda o: o.id in ids and o.id in store)
     return Weak(view, partial(read_stored, store=store), run.hash, simulated=simulated)
+
+def _tell_left_out(kind, problems, say, most=20):
+    "Name the photos whose drawings cannot be used."
+    if problems: say('\n  '.join([f'{len(problems)} photos without usable {kind} are left out:', *[*problems.values()][:most], *['…'] * (len(problems) > most)]))
 
 def mask_weak(study, s: SPMLSettings)->Weak:
     "True masks, for comparison."
@@ -146,12 +152,19 @@ def mask_weak(study, s: SPMLSettings)->Weak:
 WEAK = {'tags': tag_weak, 'boxes': box_weak, 'points': partial(stroke_weak, kind='points'), 'scribbles': partial(stroke_weak, kind='scribbles'), 'masks': mask_weak}
 
 # %% ../../nbs/50_study/08_spml.ipynb #3918d005
-def contours_stage(root, view, s: SPMLSettings, say, workers=None)->Run:
-    "Contour regions of all photos; a `Run` with a `RegionStore` in `regions`."
+def _files_hash(view, files):
+    "Fingerprint of the region maps of a view."
+    paths = [Path(files)/f'{o.id}.png' for o in view]
+    return hashlib.sha256(b''.join(hashlib.sha256(p.read_bytes()).digest() if p.is_file() else b'missing' for p in paths)).hexdigest()[:10]
+
+def contours_stage(root, view, s: SPMLSettings, say, workers=None, files=None)->Run:
+    "Contour regions of all photos, made or from a folder of region maps; a `Run` with a `RegionStore` in `regions`."
+    longest = s.contour_side and round(s.contour_side * s.segment_size)
+    made = _part(s, 'contours') | {'longest': longest} if files is None else {'files': _files_hash(view, files)}
     def work(run):
-        _complain(write_contours(view, RegionStore(run/'regions'), s.contours, workers=workers), run.folder)
+        _complain(write_contours(view, RegionStore(run/'regions'), s.contours, files, workers=workers, longest=longest), run.folder)
         return {'images': len(view)}
-    return run_stage(root, 'contours', _part(s, 'contours') | {'images': data_hash(view)}, work, say)
+    return run_stage(root, 'contours', made | {'images': data_hash(view)}, work, say)
 
 def read_region(item, store):   # int H×W
     "The region map of an item."
@@ -235,9 +248,10 @@ class LabelsStudy(ScenesStudy):
         settings: SPMLSettings|None = None,     # those of the profile by default
         say=print,          # told what happens
         workers: int|None = None,   # processes for regions, walk and CRF
+        regions=None,   # folder of region maps (PNG by id), as a contour detector gives them; None: made here
     ):
         super().__init__(dataset, root, settings or spml_settings(), say, workers)
-        self.regions = contours_stage(self.root, self.train, self.s, say, workers)
+        self.regions = contours_stage(self.root, self.train, self.s, say, workers, regions)
 
 def teach(study: LabelsStudy, kind, seed)->Taught:
     "From labels of a kind to what the last classifier learns."
@@ -305,11 +319,12 @@ def spml_study_table(
     say=print,          # told what happens
     workers: int|None = None,   # processes for regions, walk and CRF
     masks='SegmentationClass',  # folder of the true masks
+    regions=None,       # folder of region maps, see `LabelsStudy`
 )->Table:
     "Make a table of the study of labels, print it, and keep it with a sheet of pictures beside the runs."
     if which not in SPML_TABLES: raise ValueError(f"no table {which!r}; there are {', '.join(SPML_TABLES)}")
     s = settings or spml_settings()
-    study = LabelsStudy(scenes_data(path, s.profile, workers, masks), root, s, say, workers)
+    study = LabelsStudy(scenes_data(path, s.profile, workers, masks), root, s, say, workers, regions)
     table, steps = SPML_TABLES[which](study)
     return keep_table(study, table, which, partial(labels_sheet, study, steps))
 
